@@ -30,7 +30,7 @@ UInt8 = NDArray[np.uint8]
 class Slot:
     """Columns ``start:stop`` of a block that belong to one feature.
 
-    ``kind`` is ``sparse`` (one id), ``varlen`` (padded ids), ``length`` (how many of a varlen's ids count) or ``dense``.
+    ``kind`` is ``sparse`` (one id), ``varlen`` (padded ids), ``length`` (how many ids of a varlen count) or ``dense``.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class SourceLayout:
-    """Where each feature of one source lies in that source's two arrays: ``ids_NS`` (int64) and ``dense_ND`` (float32)."""
+    """Where a source's features lie in its two arrays: ``ids_NS`` (int64) and ``dense_ND`` (float32)."""
 
     source: Source
     ids: tuple[Slot, ...]
@@ -87,9 +87,7 @@ class FeatureBlock(NamedTuple):
 
 def zero_block(layout: SourceLayout, rows: int) -> FeatureBlock:
     """A block of ``rows`` rows of zeros: id 0 in every slot, 0.0 in every dense column."""
-    return FeatureBlock(
-        np.zeros((rows, layout.id_width), np.int64), np.zeros((rows, layout.dense_width), np.float32)
-    )
+    return FeatureBlock(np.zeros((rows, layout.id_width), np.int64), np.zeros((rows, layout.dense_width), np.float32))
 
 
 def concat_blocks(blocks: list[FeatureBlock]) -> FeatureBlock:
@@ -106,7 +104,9 @@ class RankBatch(NamedTuple):
     user_of_B: Int64  # row -> index into user
     item_of_B: Int64  # row -> index into item
     item_slot_I: Int64  # the item's slot in the feature cache, a small stable number, or -1 when it has none
-    item_generation_I: Int64  # changes whenever the slot's content changes: (slot, generation) names exact feature values
+    item_generation_I: (
+        Int64  # changes whenever the slot's content changes: (slot, generation) names exact feature values
+    )
 
     @property
     def rows(self) -> int:
@@ -157,19 +157,19 @@ class Examples(NamedTuple):
 
     def take(self, index: Int64) -> Examples:
         """The rows at ``index``."""
-        return Examples(
-            self.user.take(index), self.item.take(index), self.context.take(index), *(a[index] for a in self[3:])
-        )
+        blocks = (self.user.take(index), self.item.take(index), self.context.take(index))
+        return Examples._make((*blocks, *(column[index] for column in self[3:])))
 
 
 def concat_examples(parts: list[Examples]) -> Examples:
     """Example batches of one schema, stacked row after row."""
-    return Examples(
-        concat_blocks([p.user for p in parts]),
-        concat_blocks([p.item for p in parts]),
-        concat_blocks([p.context for p in parts]),
-        *(np.concatenate([p[i] for p in parts]) for i in range(3, len(parts[0]))),
+    blocks = (
+        concat_blocks([part.user for part in parts]),
+        concat_blocks([part.item for part in parts]),
+        concat_blocks([part.context for part in parts]),
     )
+    columns = (np.concatenate([part[at] for part in parts]) for at in range(3, len(Examples._fields)))
+    return Examples._make((*blocks, *columns))
 
 
 class StepStats(NamedTuple):

@@ -1,7 +1,8 @@
-"""Feature columns as DeepCTR-Torch users know them, plus ``source``, and the schema that orders, indexes and hashes them.
+"""Feature columns as DeepCTR-Torch users know them, plus ``source``, and the schema that orders and hashes them.
 
 ``source`` says who owns a feature: ``user`` and ``item`` features are looked up by id in the feature store, ``context``
-features travel with the request (one value a request, or one a candidate). The fast predictor splits its first layer by it.
+features travel with the request (one value a request, or one a candidate). The fast predictor splits its first layer
+by it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class SparseFeat:
 class VarLenSparseFeat:
     """Up to ``maxlen`` ids a row, embedded and pooled by ``combiner``.
 
-    Without ``length_name`` id 0 is padding and never a real id. With it the first ``length`` ids count and 0 is a real id.
+    Without ``length_name`` id 0 is padding and never a real id. With it the first ``length`` ids count, 0 included.
     """
 
     sparsefeat: SparseFeat
@@ -205,7 +206,9 @@ class FeatureSchema:
                 at_dense += column.dimension
                 continue
             width = _width(column)
-            ids.append(Slot(column.name, "varlen" if isinstance(column, VarLenSparseFeat) else "sparse", at, at + width))
+            ids.append(
+                Slot(column.name, "varlen" if isinstance(column, VarLenSparseFeat) else "sparse", at, at + width)
+            )
             at += width
             if isinstance(column, VarLenSparseFeat) and column.length_name is not None:
                 ids.append(Slot(column.length_name, "length", at, at + 1))
@@ -232,7 +235,7 @@ class FeatureSchema:
         )
 
     def pack(self, user: FeatureBlock, item: FeatureBlock, context: FeatureBlock) -> tuple[Int64, Float32]:
-        """Three blocks of B rows -> ids_BS and dense_BD of the whole model, both in column order (what `ESMM.logits` takes)."""
+        """Three blocks of B rows -> ids_BS and dense_BD in column order: what `ESMM.logits` takes."""
         ids_order, dense_order = self._permutations
         ids = np.concatenate([user.ids_NS, item.ids_NS, context.ids_NS], axis=1)
         dense = np.concatenate([user.dense_ND, item.dense_ND, context.dense_ND], axis=1)
@@ -247,7 +250,9 @@ class FeatureSchema:
         """The schema of `to_dict`; unknown keys are errors that name the feature."""
         unknown = set(data) - {"features"}
         if unknown:
-            raise ValueError(f"feature schema: unknown key {sorted(unknown)[0]!r}; only [[features]] tables are allowed")
+            raise ValueError(
+                f"feature schema: unknown key {sorted(unknown)[0]!r}; only [[features]] tables are allowed"
+            )
         features = data.get("features")
         if not isinstance(features, list) or not features:
             raise ValueError("feature schema: at least one [[features]] table is needed")

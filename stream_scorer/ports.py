@@ -55,7 +55,7 @@ class Source(Protocol):
         ...
 
     def poll(self, max_records: int, wait_s: float, linger_s: float) -> list[Record]:
-        """Wait up to ``wait_s`` for a first record, then take what arrives within ``linger_s``, at most ``max_records``."""
+        """Wait up to ``wait_s`` for a first record, then take what comes within ``linger_s``, up to ``max_records``."""
         ...
 
     def commit(self, next_offsets: Mapping[TopicPartition, int]) -> CommitResult:
@@ -153,7 +153,7 @@ class Learner(Protocol):
         ...
 
     def predict(self, examples: Examples) -> tuple[Float32, Float32]:
-        """pCTR and pCTCVR of every row with the weights as they are."""
+        """Give pCTR and pCTCVR of every row with the weights as they are."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -193,7 +193,7 @@ class ModelStore(Protocol):
         ...
 
     def publish(self, write: Callable[[Path, int], None], promote: bool = True) -> int:
-        """``write(tmp_dir, version)`` fills a directory; it appears as the next version atomically, then ``current`` moves."""
+        """``write(tmp_dir, version)`` fills a directory; it becomes the next version atomically, then ``current``."""
         ...
 
     def promote(self, version: int) -> None:

@@ -1,6 +1,7 @@
 """Settings, read once at the door: defaults, then a TOML file, then ``STREAM_SCORER_*`` environment variables.
 
-Nested names join with two underscores: ``STREAM_SCORER_KAFKA__BOOTSTRAP=broker:9092``. Unknown keys are errors. Secrets are masked.
+Nested names join with two underscores: ``STREAM_SCORER_KAFKA__BOOTSTRAP=broker:9092``. Unknown keys are errors.
+Secrets are masked.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ class KafkaSettings(_Section):
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: str = "SCRAM-SHA-512"
     ca_file: str = ""
-    options: dict[str, str | int | float | bool] = Field(default_factory=dict, description="more librdkafka options, as they are")
+    options: dict[str, str | int | float | bool] = Field(
+        default_factory=dict,
+        repr=False,
+        description="more librdkafka options, as they are; shown only through `masked`",
+    )
     topics: Topics = Topics()
 
 
@@ -58,7 +63,9 @@ class RedisSettings(_Section):
     """The feature store."""
 
     url: SecretStr = SecretStr("redis://localhost:6379/0")
-    buckets: int = Field(64, ge=1, le=16384, description="hash-tag buckets a key falls into; fixed once features are written")
+    buckets: int = Field(
+        64, ge=1, le=16384, description="hash-tag buckets a key falls into; fixed once features are written"
+    )
     budget_ms: int = Field(50, ge=1, description="time a batch may wait for features")
     cache_items: int = Field(100_000, ge=0, description="item rows kept in process")
     cache_ttl_s: float = Field(30.0, ge=0)
@@ -76,7 +83,9 @@ class ScorerSettings(_Section):
     served: bool = Field(True, description="publish what was served, for the trainer")
     served_top_k: int = Field(50, ge=1, description="candidates a request kept in `served`, best CTCVR first")
     served_dtype: Literal["float32", "float16"] = "float32"
-    reject_storm_share: float = Field(0.5, gt=0, le=1, description="share of rejects in the window that pauses the scorer")
+    reject_storm_share: float = Field(
+        0.5, gt=0, le=1, description="share of rejects in the window that pauses the scorer"
+    )
     reject_storm_window: int = Field(2_000, ge=10, description="requests looked at for the share")
     drain_timeout_s: float = Field(10.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -103,7 +112,9 @@ class TrainerSettings(_Section):
     """Join windows, learning and publishing."""
 
     click_window_s: float = Field(600.0, gt=0, description="an impression not clicked by then is a negative")
-    observation_window_s: float = Field(3_600.0, gt=0, description="a clicked impression waits this long for its conversion")
+    observation_window_s: float = Field(
+        3_600.0, gt=0, description="a clicked impression waits this long for its conversion"
+    )
     attribution_window_s: float = Field(864_000.0, gt=0, description="later conversions are counted, not learned")
     lateness_s: float = Field(5.0, ge=0, description="how far a partition's events may be out of order")
     served_ttl_s: float = Field(3_600.0, gt=0, description="served rows never shown are forgotten after this")
@@ -147,7 +158,9 @@ class SettingsError(ValueError):
     """What is wrong with the settings and how to fix it, one line a problem."""
 
 
-def load(path: Path | None, environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+def load(
+    path: Path | None, environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> Settings:
     """Defaults, then the TOML file, then the environment, then ``overrides`` (dotted names, from the command line).
 
     Raises `SettingsError`; its text never contains a value of a secret.
@@ -169,7 +182,9 @@ def load(path: Path | None, environ: Mapping[str, str] | None = None, overrides:
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(dict(problem)) for problem in error.errors(include_input=False))) from None
+        raise SettingsError(
+            "\n".join(_explain(dict(problem)) for problem in error.errors(include_input=False))
+        ) from None
 
 
 def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -182,7 +197,7 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _literal(text: str) -> Any:
-    """An environment value as TOML would read it: numbers, booleans, arrays and quoted strings, else the text itself."""
+    """An environment value as TOML would read it: numbers, booleans, arrays; else the text itself."""
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
@@ -197,7 +212,8 @@ def _explain(problem: dict[str, Any]) -> str:
         for part in problem["loc"][:-1]:
             section = section.model_fields[part].annotation
         return f"unknown setting {where!r}; known here: {', '.join(section.model_fields)}"
-    return f"setting {where!r} is wrong: {problem['msg']} (set it in the TOML file or as {PREFIX}{where.replace('.', '__').upper()})"
+    name = PREFIX + where.replace(".", "__").upper()
+    return f"setting {where!r} is wrong: {problem['msg']} (set it in the TOML file or as {name})"
 
 
 def masked(settings: Settings) -> dict[str, Any]:

@@ -39,10 +39,10 @@ class ScoreRequest(_Wire):
 class ScoreMessage(_Wire):
     """Topic ``scores``: columnar, one entry a candidate in the request's order; ``0 <= ctcvr <= ctr <= 1``.
 
-    ``missing`` lists the candidates whose item features were not found (default vector used); ``-1`` stands for the user.
+    ``missing`` lists the candidates whose item features were not found (default vector used); ``-1`` is the user.
     ``feature_age_ms`` is the age of the oldest feature record used, at ``scored_at``; -1 when none was found.
     ``degraded`` is true when the feature store could not answer in time.
-    Headers: ``request_id``, ``source`` (``topic/partition/offset`` of the request): a consumer can drop duplicates by either.
+    Headers: ``request_id``, ``source`` (``topic/partition/offset`` of the request): either finds duplicates.
     """
 
     request_id: Id

@@ -31,8 +31,10 @@ STAGE_SECONDS = Metric("stage_seconds", "histogram", "time a batch spends in a s
 LATENCY_SECONDS = Metric("latency_seconds", "histogram", "request timestamp to scored", (), SECONDS)
 LAG = Metric("lag_records", "gauge", "records behind the end of the assigned partitions")
 OFFSET_GAPS = Metric("offset_gap_records_total", "counter", "records skipped because the broker had dropped them")
-FEATURES_MISSING = Metric("features_missing_total", "counter", "entities scored with a default vector", ("entity", "reason"))
-FEATURES_DEGRADED = Metric("features_degraded_total", "counter", "batches scored while the feature store did not answer")
+FEATURES_MISSING = Metric(
+    "features_missing_total", "counter", "entities scored with a default vector", ("entity", "reason")
+)
+FEATURES_DEGRADED = Metric("features_degraded_total", "counter", "batches scored without the feature store")
 FEATURE_CACHE = Metric("feature_cache_total", "counter", "item rows by cache outcome", ("outcome",))
 # hot swap
 MODEL_VERSION = Metric("model_version", "gauge", "model version being served")
