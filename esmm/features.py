@@ -13,12 +13,16 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from esmm.batch import FeatureBlock, Float32, Int64, Slot, Source, SourceLayout
 
+if TYPE_CHECKING:
+    import torch
+
+Ids = TypeVar("Ids", Int64, "torch.Tensor")
 Combiner = Literal["sum", "mean", "max"]
 SOURCES: tuple[Source, ...] = ("user", "item", "context")
 COMBINERS: tuple[Combiner, ...] = ("sum", "mean", "max")
@@ -150,6 +154,47 @@ class DenseFeat:
 Column = SparseFeat | VarLenSparseFeat | DenseFeat
 
 
+def hash_ids(ids: Ids, vocabulary: int, *, padded: bool = False) -> Ids:
+    """Any int64 ids -> rows in ``[0, vocabulary)``; ``padded``: id 0 -> 0 and the rest into ``[1, vocabulary)``.
+
+    The 64-bit finaliser of splitmix64 (Steele, Lea, Flood 2014), top 63 bits, modulo. Only operators that numpy arrays
+    and torch tensors share (int64, wrapping), so one definition serves both and training and serving cannot differ.
+    """
+    z = ids + _GOLDEN
+    z = (z ^ ((z >> 30) & _LOW_34)) * _MIX_1  # >> is arithmetic on int64; the mask makes it logical
+    z = (z ^ ((z >> 27) & _LOW_37)) * _MIX_2
+    z = (z ^ ((z >> 31) & _LOW_33)) >> 1 & _LOW_63
+    rows: Ids = (z % max(vocabulary - 1, 1) + 1) * (ids != 0) if padded else z % vocabulary
+    return rows
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+_LOW_33, _LOW_34, _LOW_37, _LOW_63 = 2**33 - 1, 2**34 - 1, 2**37 - 1, 2**63 - 1
+
+
+def known_rows(ids: Ids, vocabulary: int | Ids) -> tuple[Ids, Ids]:
+    """Ids -> (rows safe to look up, bool mask of known ids). Outside ``[0, vocabulary)`` is unknown, with row 0."""
+    known: Any = (ids >= 0) & (ids < vocabulary)
+    return ids * known, known
+
+
+def resolve(column: SparseFeat | VarLenSparseFeat, ids: Ids) -> tuple[Ids, Ids]:
+    """Raw ids of one column, any shape, numpy int64 or torch int64 -> (table rows, known mask) of the same shape.
+
+    An unknown id's row is 0 and must be masked: its vector is zero. Row 0 of a padded history is not masked here.
+    """
+    if column.use_hash:
+        ids = hash_ids(ids, column.vocabulary_size, padded=is_padded(column))
+    return known_rows(ids, column.vocabulary_size)
+
+
+def is_padded(column: Column) -> bool:
+    """Whether id 0 of this column is padding: a history without a length column."""
+    return isinstance(column, VarLenSparseFeat) and column.length_name is None
+
+
 @dataclass(frozen=True)
 class FeatureSchema:
     """Ordered feature columns: the one definition that model, feature store, messages and checkpoints agree on."""
@@ -168,6 +213,7 @@ class FeatureSchema:
                 if name in seen:
                     raise ValueError(f"feature name {name!r} is used twice; share a table with embedding_name instead")
                 seen.add(name)
+        _check_tables(self.columns)
 
     @cached_property
     def index(self) -> dict[str, tuple[int, int]]:
@@ -271,6 +317,19 @@ class FeatureSchema:
             lines.extend(f"{key} = {json.dumps(value)}" for key, value in entry.items())
             lines.append("")
         return "\n".join(lines)
+
+
+def _check_tables(columns: tuple[Column, ...]) -> None:
+    shapes: dict[str, tuple[int, int, str]] = {}
+    for column in columns:
+        if isinstance(column, DenseFeat):
+            continue
+        rows, dim, first = shapes.setdefault(column.table, (column.vocabulary_size, column.dim, column.name))
+        if (column.vocabulary_size, column.dim) != (rows, dim):
+            raise ValueError(
+                f"table {column.table!r} is shared by {first!r} (vocabulary_size {rows}, embedding_dim {dim}) "
+                f"and {column.name!r} ({column.vocabulary_size}, {column.dim}); both must agree"
+            )
 
 
 def _width(column: Column) -> int:
