@@ -1,8 +1,8 @@
 """ESMM, the entire-space multi-task model (Ma et al., SIGIR 2018, arXiv:1804.07931), in one file.
 
 Two towers over shared embeddings: pCTR = P(click), pCVR = P(conversion | click), pCTCVR = pCTR x pCVR.
-Constructor, defaults, validation, initialisation and state_dict are those of DeepCTR-Torch 0.3.0. Where that library is
-wrong (ids above 2^24, pooling of empty and over-long histories, unseen ids) this one is right, as the parity tests show.
+Constructor, defaults, validation, initialisation and state_dict are those of DeepCTR-Torch 0.3.0. Where that library
+is wrong (ids above 2^24, pooling of empty and over-long histories, unseen ids) this one is right, as the tests show.
 
 Shape suffixes: B rows, S id slots, T positions of a history, E width of a table, D input width, H hidden width.
 """
@@ -101,21 +101,17 @@ class Inputs(nn.Module):
     Holds no parameters: the tables come from ``lookup``. Its buffers follow from the columns and are not saved.
     """
 
-    vocabulary_S: Tensor
-    slot_of_E: Tensor
+    vocabulary_S1: Tensor
 
     def __init__(self, columns: Iterable[Column]) -> None:
         """Lay the columns out in the order given: a slot for each id and length, a float for each dense dimension."""
         super().__init__()
-        self.sparse: list[tuple[str, int]] = []
+        self.sparse: list[tuple[str, int]] = []  # table, slot
         self.histories: list[_History] = []
         self.hashed: list[tuple[SparseFeat | VarLenSparseFeat, int, int]] = []
         vocabulary: list[int] = []
-        slot_of_E: list[int] = []
-        self.dense_width = 0
         for column in columns:
             if isinstance(column, DenseFeat):
-                self.dense_width += column.dimension
                 continue
             start, width = len(vocabulary), column.maxlen if isinstance(column, VarLenSparseFeat) else 1
             vocabulary += [column.vocabulary_size] * width
@@ -123,54 +119,51 @@ class Inputs(nn.Module):
                 self.hashed.append((column, start, start + width))
             if isinstance(column, SparseFeat):
                 self.sparse.append((column.table, start))
-                slot_of_E += [start] * column.dim
                 continue
             self.histories.append(_History(column, start, start + width))
             if column.length_name is not None:
                 vocabulary.append(2**63 - 1)  # a length is no id: only a negative one is replaced, by 0
-        self.register_buffer("vocabulary_S", torch.tensor(vocabulary, dtype=torch.int64), persistent=False)
-        self.register_buffer("slot_of_E", torch.tensor(slot_of_E, dtype=torch.int64), persistent=False)
+        vocabulary_S1 = torch.tensor(vocabulary, dtype=torch.int64)[:, None]
+        self.register_buffer("vocabulary_S1", vocabulary_S1, persistent=False)
 
     def forward(self, ids_BS: Tensor, dense_BD: Tensor, lookup: Lookup) -> Tensor:
         """ids_BS int64 and dense_BD, both in column order -> x_BD. An id outside its vocabulary is a zero vector."""
-        rows_BS, known_BS = self.rows(ids_BS)
-        parts = [lookup(table, rows_BS[:, slot]) for table, slot in self.sparse]  # each (B, E)
-        if parts:
-            parts = [torch.cat(parts, 1) * known_BS[:, self.slot_of_E]]
-        for history in self.histories:
-            parts.append(_pool(history, rows_BS, known_BS, lookup))
+        rows_SB, known_SB = self.rows(ids_BS)
+        weight_SB1 = known_SB[:, :, None].to(dense_BD.dtype)
+        parts = [lookup(table, rows_SB[slot]) * weight_SB1[slot] for table, slot in self.sparse]  # each (B, E)
+        parts += [_pool(history, rows_SB, known_SB, lookup) for history in self.histories]
         return torch.cat([*parts, dense_BD], 1)
 
     def rows(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw ids -> table rows, all valid, and which of them are known; length slots come through unharmed."""
+        """Raw ids -> table rows, all valid, and which are known; lengths stay. Slot-major: each slot is contiguous."""
+        ids_SB = ids_BS.T.contiguous()
         if self.hashed:
-            ids_BS = ids_BS.clone()
-            for column, start, stop in self.hashed:
-                slots = ids_BS[:, start:stop]
-                ids_BS[:, start:stop] = hash_ids(slots, column.vocabulary_size, padded=is_padded(column))
-        return known_rows(ids_BS, self.vocabulary_S)
+            ids_SB = ids_SB.clone()  # contiguous() hands back the caller's own memory when there is one row or one slot
+        for column, start, stop in self.hashed:
+            ids_SB[start:stop] = hash_ids(ids_SB[start:stop], column.vocabulary_size, padded=is_padded(column))
+        return known_rows(ids_SB, self.vocabulary_S1)
 
 
-def _pool(history: _History, rows_BS: Tensor, known_BS: Tensor, lookup: Lookup) -> Tensor:
+def _pool(history: _History, rows_SB: Tensor, known_SB: Tensor, lookup: Lookup) -> Tensor:
     """One history -> pooled_BE. An empty one is zero under every combiner; an unknown id counts, as a zero vector.
 
     The mean divides by the number of positions that count, never by a length beyond maxlen.
     """
     column, start, stop = history
-    rows_BT, known_BT = rows_BS[:, start:stop], known_BS[:, start:stop]
+    rows_TB, known_TB = rows_SB[start:stop], known_SB[start:stop]
     if column.length_name is None:
-        counts_BT = (rows_BT != 0) | ~known_BT  # id 0 is padding; an unknown id's row is 0 too, but it is an id
+        counts_TB = (rows_TB != 0) | ~known_TB  # id 0 is padding; an unknown id's row is 0 too, but it is an id
     else:
-        counts_BT = torch.arange(column.maxlen, device=rows_BS.device) < rows_BS[:, stop, None]
-    vectors_BTE = lookup(column.table, rows_BT)
-    if column.combiner == "max":
-        vectors_BTE = vectors_BTE * known_BT[:, :, None]
-        pooled_BE = vectors_BTE.masked_fill(~counts_BT[:, :, None], -torch.inf).amax(1)
-        return torch.where(counts_BT.any(1, keepdim=True), pooled_BE, 0.0)
-    weights_BT = (counts_BT & known_BT).to(vectors_BTE.dtype)
+        counts_TB = torch.arange(column.maxlen, device=rows_SB.device)[:, None] < rows_SB[stop]
+    vectors_TBE = lookup(column.table, rows_TB)
+    weight_TB = (counts_TB & known_TB).to(vectors_TBE.dtype)
+    if column.combiner == "max":  # v * 1 + 0 where it counts, v * 0 + 0 where it is unknown, -inf where it does not count
+        floor_TB = torch.zeros_like(weight_TB).masked_fill(~counts_TB, -torch.inf)
+        pooled_BE = (vectors_TBE * weight_TB[:, :, None] + floor_TB[:, :, None]).amax(0)
+        return torch.where(counts_TB.any(0)[:, None], pooled_BE, 0.0)
     if column.combiner == "mean":
-        weights_BT = weights_BT / counts_BT.sum(1, keepdim=True).clamp(min=1)
-    return torch.bmm(weights_BT[:, None, :], vectors_BTE)[:, 0]
+        weight_TB = weight_TB / counts_TB.sum(0).clamp(min=1)
+    return (vectors_TBE * weight_TB[:, :, None]).sum(0)
 
 
 class ESMM(nn.Module):
