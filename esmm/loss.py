@@ -1,0 +1,51 @@
+"""The entire-space loss in log space: clicks and click-and-conversions over every impression.
+
+Ma et al., SIGIR 2018 (arXiv:1804.07931), eq. 3, with weights a row for delayed labels (`esmm.delay` makes them).
+With a = sigmoid(u) and c = sigmoid(v) the conversion probability of an impression is t = a c. Neither log t nor
+log(1 - t) is computed from t itself, so nothing overflows, vanishes or is clamped: a confident wrong row keeps its gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LOG_HALF = -0.6931471805599453
+
+
+def log_ctcvr(logits_B2: Tensor) -> tuple[Tensor, Tensor]:
+    """[CTR, CVR] logits u, v -> log t and log(1 - t), both accurate to float32 rounding for any finite logits.
+
+    log t = log a + log c. Below one half log(1 - t) = log1p(-exp(log t)); above it 1 - t = (1 - a) + a (1 - c), a sum of
+    positive numbers, is added in log space (log(-expm1(log t)) would lose the gradient once log t rounds to zero).
+    """
+    u_B, v_B = logits_B2.unbind(-1)
+    click_B = F.logsigmoid(u_B)
+    log_t_B = click_B + F.logsigmoid(v_B)
+    small_B = torch.log1p(-torch.exp(log_t_B.clamp(max=_LOG_HALF)))
+    large_B = torch.logaddexp(F.logsigmoid(-u_B), click_B + F.logsigmoid(-v_B))
+    return log_t_B, torch.where(log_t_B < _LOG_HALF, small_B, large_B)
+
+
+def entire_space_loss(
+    logits_B2: Tensor, click_B: Tensor, first_B: Tensor, positive_B: Tensor, negative_B: Tensor
+) -> Tensor:
+    """Nats per first emission: CTR cross-entropy on first emissions plus the weighted CTCVR cross-entropy on all rows.
+
+    ``first_B`` is 1 where the row is an impression's first emission, else 0: only those teach CTR (rule R2).
+    ``positive_B`` weighs -log t, ``negative_B`` weighs -log(1 - t). Sums are divided by the number of first emissions,
+    not of rows: duplicates carry mass that belongs to impressions counted already. A batch in which fewer than half of
+    the weighted rows are first emissions is divided by that half, so a few late conversions alone are no giant step.
+    """
+    log_t_B, log_not_t_B = log_ctcvr(logits_B2)
+    ctr = (first_B * F.binary_cross_entropy_with_logits(logits_B2[:, 0], click_B, reduction="none")).sum()
+    ctcvr = -(positive_B * log_t_B + negative_B * log_not_t_B).sum()
+    weighted = ((positive_B + negative_B) > 0).sum()
+    return (ctr + ctcvr) / torch.maximum(first_B.sum(), weighted / 2).clamp(min=1.0)
+
+
+def masked_bce(logit_B: Tensor, label_B: Tensor, mask_B: Tensor) -> Tensor:
+    """Mean binary cross-entropy with logits over the rows where ``mask_B`` is 1; zero when there is none."""
+    each_B = F.binary_cross_entropy_with_logits(logit_B, label_B, reduction="none")
+    return (each_B * mask_B).sum() / mask_B.sum().clamp(min=1.0)
