@@ -151,9 +151,7 @@ def pcoc(labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike | None = 
     return _ratio(float(np.sum(w_N * p_N)), float(np.sum(w_N * y_N)))
 
 
-def _checked(
-    labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike | None
-) -> tuple[Float64, Float64, Float64]:
+def _checked(labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike | None) -> tuple[Float64, Float64, Float64]:
     y_N, p_N = np.asarray(labels, np.float64), np.asarray(predictions, np.float64)
     w_N = np.ones_like(y_N) if weights is None else np.asarray(weights, np.float64)
     if y_N.ndim != 1 or y_N.shape != p_N.shape or y_N.shape != w_N.shape:
@@ -185,9 +183,7 @@ def _sums(bin_N: NDArray[np.int64], value_N: Float64, bins: int) -> Float64:
     return np.bincount(bin_N, value_N, bins).astype(np.float64, copy=False)
 
 
-def _by_score(
-    labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike | None
-) -> tuple[Float64, Float64]:
+def _by_score(labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike | None) -> tuple[Float64, Float64]:
     """Weight of the positives and of the negatives at each distinct score, ascending."""
     y_N, p_N, w_N = _checked(labels, predictions, weights)
     scores, at_N = np.unique(p_N, return_inverse=True)

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from esmm import offline
 from esmm.batch import Float32, Int64, Source
 from esmm.features import (
     SOURCES,
@@ -157,7 +158,7 @@ def _pool(history: _History, rows_SB: Tensor, known_SB: Tensor, lookup: Lookup) 
         counts_TB = torch.arange(column.maxlen, device=rows_SB.device)[:, None] < rows_SB[stop]
     vectors_TBE = lookup(column.table, rows_TB)
     weight_TB = (counts_TB & known_TB).to(vectors_TBE.dtype)
-    if column.combiner == "max":  # v * 1 + 0 where it counts, v * 0 + 0 where it is unknown, -inf where it does not count
+    if column.combiner == "max":  # v where it counts, 0 where it counts but is unknown, -inf elsewhere
         floor_TB = torch.zeros_like(weight_TB).masked_fill(~counts_TB, -torch.inf)
         pooled_BE = (vectors_TBE * weight_TB[:, :, None] + floor_TB[:, :, None]).amax(0)
         return torch.where(counts_TB.any(0)[:, None], pooled_BE, 0.0)
@@ -214,6 +215,7 @@ class ESMM(nn.Module):
         self._inputs_of = nn.ModuleDict(
             {source: Inputs(c for c in self.schema.columns if c.source == source) for source in SOURCES}
         )
+        self._recipe: offline.Recipe | None = None
         self._split_X()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the CUDA generators too
@@ -247,6 +249,11 @@ class ESMM(nn.Module):
     def from_hyper(cls, schema: FeatureSchema, hyper: Mapping[str, Any], device: str = "cpu") -> ESMM:
         """The model that a checkpoint's schema and ``hyper`` describe, with freshly initialised weights."""
         return cls(schema, **hyper, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.out.bias.device
 
     @property
     def input_dim(self) -> int:
@@ -288,6 +295,18 @@ class ESMM(nn.Module):
     def logits(self, ids_BS: Tensor, dense_BD: Tensor) -> Tensor:
         """ids_BS int64, dense_BD float32, in schema order -> logits_B2, [CTR, CVR]."""
         return self.towers(self.embed(ids_BS, dense_BD))
+
+    def l2_penalty(self) -> Tensor:
+        """The L2 terms of the training loss, over whole tables, as DeepCTR-Torch has them: no bias, no batch norm."""
+        towers = [*self.ctr_dnn.named_parameters(), *self.cvr_dnn.named_parameters()]
+        dnn: list[Tensor] = [weight for name, weight in towers if "weight" in name and "bn" not in name]
+        dnn += [self.ctr_dnn_final_layer.weight, self.cvr_dnn_final_layer.weight]
+        groups = (("l2_reg_embedding", list(self.embedding_dict.parameters())), ("l2_reg_dnn", dnn))
+        penalty = torch.zeros_like(self.out.bias[0])
+        for name, weights in groups:
+            if self.hyper[name] > 0:
+                penalty = penalty + self.hyper[name] * sum(weight.square().sum() for weight in weights)
+        return penalty
 
     def forward(self, X: Tensor) -> Tensor:
         """X (B, schema.width), all columns concatenated in schema order -> (B, 2): pCTR, pCTCVR.
@@ -333,19 +352,67 @@ class ESMM(nn.Module):
 
     def predict(self, x: Mapping[str, Any] | Sequence[Any], batch_size: int = 256) -> NDArray[np.float64]:
         """Feature arrays as in `pack` -> float64 (N, 2): pCTR, pCTCVR. Leaves train or eval mode as it was."""
-        ids_BS, dense_BD = (torch.from_numpy(a) for a in self.pack(x))
-        out = np.empty((len(ids_BS), 2))
-        training, device = self.training, self.out.bias.device
+        return self.score(*self.pack(x), batch_size)
+
+    def score(self, ids_NS: Int64, dense_ND: Float32, batch_size: int) -> NDArray[np.float64]:
+        """`predict` on packed arrays."""
+        out = np.empty((len(ids_NS), 2))
+        ids, dense = torch.from_numpy(ids_NS), torch.from_numpy(dense_ND)
+        training = self.training
         self.eval()
         try:
             with torch.inference_mode():
                 for at in range(0, len(out), batch_size):
                     rows = slice(at, at + batch_size)
-                    p = probabilities(self.logits(ids_BS[rows].to(device), dense_BD[rows].to(device)))
+                    p = probabilities(self.logits(ids[rows].to(self.device), dense[rows].to(self.device)))
                     out[rows] = torch.stack([p.ctr_B, p.ctcvr_B], 1).cpu().numpy()
         finally:
             self.train(training)
         return out
+
+    def compile(
+        self,
+        optimizer: str | torch.optim.Optimizer = "adam",
+        loss: str | Sequence[str] | None = None,
+        metrics: Sequence[str] | None = None,
+    ) -> None:
+        """Choose what `fit` uses: sgd, adam, adagrad, rmsprop or an instance; metrics from auc, logloss, pcoc (all)."""
+        self._recipe = offline.Recipe.of(self.hyper["task_names"], self.parameters(), optimizer, loss, metrics)
+
+    def fit(
+        self,
+        x: Mapping[str, Any] | Sequence[Any],
+        y: ArrayLike,
+        batch_size: int = 256,
+        epochs: int = 1,
+        verbose: int = 1,
+        validation_split: float = 0.0,
+        validation_data: tuple[Any, Any] | None = None,
+        shuffle: bool = True,
+    ) -> offline.History:
+        """Train on arrays: x as in `pack`, y (N, 2) of 0 and 1, [click, click and conversion].
+
+        ``verbose`` 1 shows a progress bar, 2 a line an epoch. ``validation_split`` keeps back the last share of rows;
+        ``validation_data`` is (x, y). The model's seed orders the rows. The history holds, an epoch, ``loss``,
+        ``<task>_<metric>`` as predicted just before each step, and ``val_<task>_<metric>``. ValueError if not compiled.
+        """
+        if self._recipe is None:
+            raise ValueError("call compile(optimizer) before fit")
+        train, held_out = offline.split(self._labelled(x, y), 0.0 if validation_data else validation_split)
+        if validation_data is not None:
+            x_held_out, y_held_out = validation_data
+            held_out = self._labelled(x_held_out, y_held_out)
+        plan = offline.Plan(batch_size, epochs, verbose, self.hyper["seed"] if shuffle else None)
+        return offline.fit(self, self._recipe, train, held_out, plan)
+
+    def evaluate(self, x: Mapping[str, Any] | Sequence[Any], y: ArrayLike, batch_size: int = 256) -> dict[str, float]:
+        """``<task>_<metric>``, exact over all rows; nan where the rows do not define it (an AUC of one class)."""
+        metrics = self._recipe.metrics if self._recipe else tuple(offline.METRICS)
+        return offline.evaluate(self, self.hyper["task_names"], metrics, self._labelled(x, y), batch_size)
+
+    def _labelled(self, x: Mapping[str, Any] | Sequence[Any], y: ArrayLike) -> offline.Rows:
+        ids_NS, dense_ND = self.pack(x)
+        return offline.Rows(ids_NS, dense_ND, offline.labels(y, len(ids_NS)))
 
 
 def _schema(columns: FeatureSchema | Sequence[Column]) -> FeatureSchema:
