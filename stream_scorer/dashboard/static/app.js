@@ -95,7 +95,10 @@ function renderLoop({ scorer, trainer, versions }) {
   const rates = { requests: history.rate("requests"), scored: history.rate("scored"), feedback: history.rate("feedback") };
   for (const [name, value] of Object.entries(rates)) bind(`rate.${name}`, rate(value));
   bind("rate.candidates", short(scorer?.candidates_per_s));
-  for (const kind of ["impression", "click", "conversion"]) bind(`feedback.${kind}`, count(trainer?.feedback?.[kind]));
+  for (const kind of ["impression", "click", "conversion"]) {
+    bind(`feedback.${kind}`, count(trainer?.feedback?.[kind]));
+    bind(`feedback.${kind}.short`, short(trainer?.feedback?.[kind]));
+  }
   bind("examples.late", count(examples?.late_conversion));
   bind("examples.total", count(total));
   bind("holds", count(trainer?.gate_holds));
@@ -143,6 +146,7 @@ function renderVersions({ t_ms, versions }) {
     ...rows.map((v) => {
       const row = cells("tr", [`v${v.version}`, badge(v.state), clock(v.published_ms), swapped(v, t_ms), fixed(4)(v.logloss)], "td");
       row.lastChild.className = "num";
+      row.children[2].className = "wide-only";
       row.className = v.state;
       return row;
     }),

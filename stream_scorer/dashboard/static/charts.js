@@ -99,11 +99,13 @@ export class Chart {
     ctx.font = `${10 * pixels}px ${css("--font")}`;
     ctx.textAlign = "center";
     ctx.setLineDash([3 * pixels, 3 * pixels]);
+    let drawn = -Infinity;
     let labelled = -Infinity;
     for (const marker of this.markers) {
       const x = u.valToPos(marker.t, "x", true);
-      if (x < left || x > left + width) continue;
+      if (x < left || x > left + width || x - drawn < 12 * pixels) continue;
       line(ctx, x, top, x, top + height);
+      drawn = x;
       if (x - labelled < 26 * pixels) continue;
       ctx.fillText(`v${marker.version}`, x, top - 4 * pixels);
       labelled = x;

@@ -21,7 +21,7 @@ const SPECS = {
     series: [{ name: "p50", column: "p50", color: "blue", format: short }, { name: "p99", column: "p99", color: "orange", format: short }],
   },
   auc: {
-    title: "Ranking (AUC)", term: "auc", unit: "AUC", range: around(0.01, 0, 1), tick: fixed(2), empty: "Comes with the first labels\u2026",
+    title: "AUC", term: "auc", unit: "AUC", range: around(0.01, 0, 1), tick: fixed(2), empty: "Comes with the first labels\u2026",
     series: [
       { name: "truth", column: "truthAuc", color: "green", format: three },
       { name: "CTR", column: "ctrAuc", color: "blue", format: three },
