@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -26,6 +27,17 @@ Ids = TypeVar("Ids", Int64, "torch.Tensor")
 Combiner = Literal["sum", "mean", "max"]
 SOURCES: tuple[Source, ...] = ("user", "item", "context")
 COMBINERS: tuple[Combiner, ...] = ("sum", "mean", "max")
+
+
+def _check_count(column: Any, field: str) -> None:
+    """A whole number of at least one, kept as a plain int: a numpy integer could not be written as JSON."""
+    value = getattr(column, field)
+    try:
+        object.__setattr__(column, field, index(value))
+    except TypeError:
+        raise ValueError(f"feature {column.name!r}: {field} must be a whole number, got {value!r}") from None
+    if value < 1:
+        raise ValueError(f"feature {column.name!r}: {field} must be at least 1, got {value}")
 
 
 def _check_source(name: str, source: str) -> None:
@@ -54,12 +66,10 @@ class SparseFeat:
 
     def __post_init__(self) -> None:
         """Resolve ``auto`` and the shared table's name; refuse sizes below one."""
-        if self.vocabulary_size < 1:
-            raise ValueError(f"feature {self.name!r}: vocabulary_size must be at least 1, got {self.vocabulary_size}")
+        _check_count(self, "vocabulary_size")
         if self.embedding_dim == "auto":
             object.__setattr__(self, "embedding_dim", 6 * int(self.vocabulary_size**0.25))
-        if not isinstance(self.embedding_dim, int) or self.embedding_dim < 1:
-            raise ValueError(f"feature {self.name!r}: embedding_dim must be at least 1, got {self.embedding_dim!r}")
+        _check_count(self, "embedding_dim")
         if self.embedding_name is None:
             object.__setattr__(self, "embedding_name", self.name)
         _check_source(self.name, self.source)
@@ -89,8 +99,7 @@ class VarLenSparseFeat:
 
     def __post_init__(self) -> None:
         """Refuse an empty window and an unknown combiner."""
-        if self.maxlen < 1:
-            raise ValueError(f"feature {self.name!r}: maxlen must be at least 1, got {self.maxlen}")
+        _check_count(self, "maxlen")
         if self.combiner not in COMBINERS:
             raise ValueError(f"parameter mode should in [sum, mean, max], got {self.combiner!r} for {self.name!r}")
 
@@ -146,8 +155,7 @@ class DenseFeat:
 
     def __post_init__(self) -> None:
         """Refuse a dimension below one."""
-        if self.dimension < 1:
-            raise ValueError(f"feature {self.name!r}: dimension must be at least 1, got {self.dimension}")
+        _check_count(self, "dimension")
         _check_source(self.name, self.source)
 
 

@@ -41,7 +41,7 @@ MODELS = {
     "linear": (EVERYTHING, {"dnn_activation": "linear"}),
     "dropout-eval": (EVERYTHING, {"dnn_dropout": 0.5}),
     "one-layer": (EVERYTHING, {"tower_dnn_hidden_units": (12,)}),
-    "three-layers": (EVERYTHING, {"dnn_activation": "prelu", "dnn_use_bn": True, "tower_dnn_hidden_units": (24, 16, 8)}),
+    "three-layers": (EVERYTHING, {"dnn_use_bn": True, "tower_dnn_hidden_units": (24, 16, 8)}),
     "auto-dim": ([SparseFeat("user", 700, "auto"), PRICE], {}),
 }
 
