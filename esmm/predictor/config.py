@@ -1,0 +1,47 @@
+"""How a predictor is to run, and the batch on its way through it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from esmm.batch import Scores
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """How to run; frozen, and the same for every version a process serves.
+
+    ``precision``: of the item cache and of the layers between the first and the last. ``threads``: of torch, inside one
+    batch. ``compile``: `torch.compile` the rows' part. ``cache_items`` and ``cache_megabytes`` bound the cache of item
+    parts, whichever is less. ``max_rows``: a larger batch is computed in several goes. ``buckets``: row counts that
+    batches are padded to where shapes must be static (CUDA graphs); at most 8, ascending.
+    """
+
+    precision: Precision = "float32"
+    threads: int = 1
+    compile: bool = False
+    device: str = "cpu"
+    cache_items: int = 100_000
+    cache_megabytes: int = 1024
+    max_rows: int = 10_240
+    buckets: tuple[int, ...] = (64, 256, 1024, 2048, 5120, 10_240)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run; raises ValueError."""
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
+        if self.threads < 1 or self.max_rows < 1 or self.cache_items < 0 or self.cache_megabytes < 0:
+            raise ValueError(f"threads and max_rows must be at least 1, cache sizes at least 0, got {self}")
+        if not 1 <= len(self.buckets) <= 8 or min(self.buckets) < 1 or list(self.buckets) != sorted(set(self.buckets)):
+            raise ValueError(f"buckets must be 1 to 8 ascending row counts, got {self.buckets}")
+
+
+class Pending(NamedTuple):
+    """A launched batch."""
+
+    rows: int
+    future: Future[Scores]
