@@ -1,0 +1,118 @@
+"""One order for records of many partitions that does not depend on how they were polled.
+
+Records are released by (record time, topic, partition, offset). The smallest can only be known when every partition has
+something to show, so an empty partition is waited for, until it is known to have nothing:
+
+- it has delivered before and the client is caught up (nothing left to read anywhere), or
+- it has been silent for ``idle_after_s``.
+
+So for data that is in the topics already (a replay, or what a restarted trainer reads again) the order is a function
+of the data alone. At the live end of a stream it is that of arrival within the waiting time. Time is a parameter.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+
+from stream_scorer.core.records import Record, TopicPartition
+
+
+class _Queue:
+    __slots__ = ("delivered", "heard_s", "newest_ms", "records")
+
+    def __init__(self, now_s: float, newest_ms: int) -> None:
+        self.records: deque[tuple[int, Record]] = deque()
+        self.newest_ms = newest_ms  # record time is made monotone within a partition, which keeps offset order
+        self.heard_s = now_s
+        self.delivered = False
+
+
+class Merge:
+    """Push what was polled, take what is in order."""
+
+    def __init__(self, idle_after_s: float, max_buffered: int) -> None:
+        """Above ``max_buffered`` records nothing empty is waited for."""
+        self._idle_after_s = idle_after_s
+        self._max_buffered = max_buffered
+        self._queues: dict[TopicPartition, _Queue] = {}
+        self._buffered = 0
+        self._newest_ms: dict[TopicPartition, int] = {}  # of the last record released
+
+    def __len__(self) -> int:
+        """Records buffered."""
+        return self._buffered
+
+    def assign(self, partitions: Iterable[TopicPartition], now_s: float) -> None:
+        """Wait for these from now on."""
+        for partition in partitions:
+            self._queue(partition, now_s)
+
+    def revoke(self, partitions: Iterable[TopicPartition]) -> None:
+        """Drop what is buffered of these: whoever reads them next starts at the committed offset."""
+        for partition in partitions:
+            queue = self._queues.pop(partition, None)
+            if queue is not None:
+                self._buffered -= len(queue.records)
+
+    def push(self, records: Sequence[Record], now_s: float) -> None:
+        """Polled records, in offset order within each partition."""
+        for record in records:
+            queue = self._queue(record.position.topic_partition, now_s)
+            queue.newest_ms = max(queue.newest_ms, record.timestamp_ms)
+            queue.records.append((queue.newest_ms, record))
+            queue.heard_s = now_s
+            queue.delivered = True
+        self._buffered += len(records)
+
+    def take(self, limit: int, now_s: float, caught_up: bool) -> list[Record]:
+        """Up to ``limit`` records in order; fewer when the next one cannot be known yet."""
+        out: list[Record] = []
+        heads: list[tuple[int, str, int, int]] = []
+        for partition, queue in self._queues.items():
+            if queue.records:
+                heads.append(_head(partition, queue))
+            elif not self._is_idle(queue, now_s, caught_up):
+                return out
+        heapq.heapify(heads)
+        while heads and len(out) < limit:
+            _, topic, number, _ = heads[0]
+            partition = TopicPartition(topic, number)
+            queue = self._queues[partition]
+            self._newest_ms[partition], record = queue.records.popleft()
+            out.append(record)
+            self._buffered -= 1
+            if queue.records:
+                heapq.heapreplace(heads, _head(partition, queue))
+            elif self._is_idle(queue, now_s, caught_up):
+                heapq.heappop(heads)
+            else:
+                break
+        return out
+
+    def state(self) -> dict[str, int]:
+        """Partition (``topic/number``) -> the newest record time released, for a checkpoint."""
+        return {f"{p.topic}/{p.partition}": at_ms for p, at_ms in sorted(self._newest_ms.items())}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Take over `state`, before the first push."""
+        for name, newest_ms in state.items():
+            topic, _, number = name.rpartition("/")
+            self._newest_ms[TopicPartition(topic, int(number))] = newest_ms
+
+    def _queue(self, partition: TopicPartition, now_s: float) -> _Queue:
+        queue = self._queues.get(partition)
+        if queue is None:
+            queue = self._queues[partition] = _Queue(now_s, self._newest_ms.get(partition, -1))
+        return queue
+
+    def _is_idle(self, queue: _Queue, now_s: float, caught_up: bool) -> bool:
+        if (caught_up and queue.delivered) or self._buffered > self._max_buffered:
+            return True
+        return now_s - queue.heard_s >= self._idle_after_s
+
+
+def _head(partition: TopicPartition, queue: _Queue) -> tuple[int, str, int, int]:
+    at_ms, record = queue.records[0]
+    return (at_ms, partition.topic, partition.partition, record.position.offset)
