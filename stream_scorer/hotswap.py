@@ -1,0 +1,189 @@
+"""New model versions, taken into service between two batches.
+
+A watcher looks at the store; when its pointer names another version than the one served, that version is loaded,
+verified, warmed and probed in the watcher's thread, and put into a one-slot mailbox. The scorer takes it between two
+batches. The version that was replaced is kept, ready, so that going back to it costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from stream_scorer.core.errors import ModelRefused
+from stream_scorer.core.metric_names import MODEL_LOAD_SECONDS, MODEL_REFUSED
+from stream_scorer.ports import Clock, Metrics, ModelStore, Predictor, VersionInfo
+
+Loader = Callable[[VersionInfo], Predictor]
+Stamp = tuple[tuple[str, int, int], ...]  # name, mtime in ns and size of each file
+
+RETRY_S = 30.0  # after a failure that says nothing about the version itself
+
+_log = structlog.get_logger("stream_scorer.hotswap")
+
+
+class Mailbox:
+    """Holds at most one predictor that is ready, and knows which ones the scorer may be using. Safe between threads."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._lock = threading.Lock()
+        self._waiting: Predictor | None = None
+        self._taken: tuple[Predictor, ...] = ()  # the newest first; a batch may still be in flight on the second
+
+    def offer(self, predictor: Predictor) -> None:
+        """Put it in, in the place of one that was not taken. What is served already is not offered again."""
+        with self._lock:
+            serving = self._taken[0] if self._taken else None
+            self._waiting = None if predictor is serving else predictor
+
+    def take(self) -> Predictor | None:
+        """The predictor waiting, once. The caller has collected every batch but those of the last one it took."""
+        if self._waiting is None:  # asked for once a batch: no lock for nothing
+            return None
+        with self._lock:
+            taken, self._waiting = self._waiting, None
+            if taken is not None:
+                self._taken = (taken, *self._taken[:1])
+            return taken
+
+    def start_with(self, predictor: Predictor) -> None:
+        """Say what is served from the start, without a swap."""
+        with self._lock:
+            self._taken = (predictor,)
+
+    @property
+    def heading(self) -> int | None:
+        """The version that is served, or will be once what waits is taken."""
+        with self._lock:
+            newest = self._waiting or next(iter(self._taken), None)
+            return None if newest is None else newest.version
+
+    def in_use(self) -> list[Predictor]:
+        """Whatever waits, is served, or may have a batch in flight."""
+        with self._lock:
+            return [*([self._waiting] if self._waiting is not None else []), *self._taken]
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A version that failed, its files then, and when it is worth another try though neither changed."""
+
+    version: int
+    stamp: Stamp
+    retry_at_s: float
+
+
+class Watcher:
+    """Follows the store's pointer. `tick` does one look; `start` runs it in a thread."""
+
+    def __init__(self, store: ModelStore, loader: Loader, mailbox: Mailbox, metrics: Metrics, clock: Clock) -> None:
+        """``loader`` verifies, loads, warms and probes; it raises `ModelRefused` (or anything) to refuse."""
+        self._store = store
+        self._loader = loader
+        self._mailbox = mailbox
+        self._metrics = metrics
+        self._clock = clock
+        self._open: list[Predictor] = []
+        self._refused: _Refusal | None = None
+        self._trouble = ""
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start_with(self, predictor: Predictor) -> None:
+        """Say what is served from the start, without a swap."""
+        self._open = [predictor]
+        self._mailbox.start_with(predictor)
+
+    def tick(self) -> Predictor | None:
+        """Look once; returns what was offered, if anything was. Never raises."""
+        version = self._current()
+        if self._refused is not None and self._refused.version != version:
+            self._refused = None
+        if version is None or version == self._mailbox.heading:
+            return None
+        predictor = next((known for known in self._open if known.version == version), None) or self._load(version)
+        if predictor is None:
+            return None
+        self._mailbox.offer(predictor)
+        self._close_unused()
+        return predictor
+
+    def _current(self) -> int | None:
+        try:
+            version = self._store.current()
+        except Exception as error:  # noqa: BLE001 - a store that is away for a while must not end the watcher
+            if str(error) != self._trouble:
+                _log.error("model store not readable", error=str(error))
+            self._trouble = str(error)
+            return None
+        self._trouble = ""
+        return version
+
+    def _load(self, version: int) -> Predictor | None:
+        started_s = self._clock.monotonic_s()
+        stamp: Stamp = ()
+        try:
+            info = self._store.info(version)
+            stamp = _stamp(info)
+            if self._known_bad(stamp, started_s):
+                return None
+            predictor = self._loader(info)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a version, the old one goes on serving
+            if not self._known_bad(stamp, started_s):
+                self._refuse(version, stamp, error)
+            return None
+        self._refused = None
+        self._open.append(predictor)
+        self._metrics.observe(MODEL_LOAD_SECONDS, self._clock.monotonic_s() - started_s)
+        _log.info("model version ready", version=version)
+        return predictor
+
+    def _known_bad(self, stamp: Stamp, now_s: float) -> bool:
+        return self._refused is not None and self._refused.stamp == stamp and now_s < self._refused.retry_at_s
+
+    def _refuse(self, version: int, stamp: Stamp, error: Exception) -> None:
+        final = isinstance(error, ModelRefused)
+        reason = error.reason if isinstance(error, ModelRefused) else "error"
+        self._refused = _Refusal(version, stamp, math.inf if final else self._clock.monotonic_s() + RETRY_S)
+        self._metrics.inc(MODEL_REFUSED, reason=reason)
+        _log.error("model version refused", version=version, reason=reason, error=str(error) or type(error).__name__)
+
+    def _close_unused(self) -> None:
+        used = self._mailbox.in_use()
+        for predictor in self._open:
+            if predictor not in used:
+                predictor.close()
+        self._open = used
+
+    def start(self, poll_s: float) -> None:
+        """Look every ``poll_s`` seconds until `stop`."""
+        self._thread = threading.Thread(target=self._run, args=(poll_s,), name="model-watcher", daemon=True)
+        self._thread.start()
+
+    def _run(self, poll_s: float) -> None:
+        while not self._stop.wait(poll_s):
+            self.tick()
+
+    def stop(self) -> None:
+        """Stop looking; waits for a load under way. The predictors stay open: the scorer may be using one."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """`stop`, then close every predictor; call when nothing is scored any more."""
+        self.stop()
+        for predictor in self._open:
+            predictor.close()
+        self._open = []
+
+
+def _stamp(info: VersionInfo) -> Stamp:
+    files = ((path.name, path.stat()) for path in sorted(info.path.iterdir()))
+    return tuple((name, state.st_mtime_ns, state.st_size) for name, state in files)
