@@ -161,7 +161,7 @@ def _pool(history: _History, rows_SB: Tensor, known_SB: Tensor, lookup: Lookup) 
     if column.combiner == "max":  # v where it counts, 0 where it counts but is unknown, -inf elsewhere
         floor_TB = torch.zeros_like(weight_TB).masked_fill(~counts_TB, -torch.inf)
         pooled_BE = (vectors_TBE * weight_TB[:, :, None] + floor_TB[:, :, None]).amax(0)
-        return torch.where(counts_TB.any(0)[:, None], pooled_BE, 0.0)
+        return pooled_BE.masked_fill(~counts_TB.any(0)[:, None], 0.0)
     if column.combiner == "mean":
         weight_TB = weight_TB / counts_TB.sum(0).clamp(min=1)
     return (vectors_TBE * weight_TB[:, :, None]).sum(0)
@@ -333,6 +333,8 @@ class ESMM(nn.Module):
         """
         named = dict(x) if isinstance(x, Mapping) else dict(zip(self.schema.index, x, strict=True))
         dense = {column.name for column in self.schema.columns if isinstance(column, DenseFeat)}
+        first = next(iter(self.schema.index))
+        rows = len(np.atleast_1d(named.get(first, ())))
         ids_parts: list[Int64] = []
         dense_parts: list[Float32] = []
         for name, (start, stop) in self.schema.index.items():
@@ -342,11 +344,12 @@ class ESMM(nn.Module):
             values = values[:, None] if values.ndim == 1 else values
             if values.ndim != 2 or values.shape[1] != stop - start:
                 raise ValueError(f"feature {name!r} must be (rows, {stop - start}), got {values.shape}")
+            if len(values) != rows:
+                raise ValueError(f"feature {name!r} has {len(values)} rows, {first!r} has {rows}")
             if name in dense:
                 dense_parts.append(values.astype(np.float32))
             else:
                 ids_parts.append(values.astype(np.int64))
-        rows = len((ids_parts or dense_parts)[0])
         ids_BS = np.concatenate([np.zeros((rows, 0), np.int64), *ids_parts], 1)
         return ids_BS, np.concatenate([np.zeros((rows, 0), np.float32), *dense_parts], 1)
 
