@@ -1,15 +1,15 @@
 """Delayed-feedback methods: what each row of the joiner's stream teaches, as weights of one entire-space loss.
 
 A click's conversion may come long after the observation window w that its first emission waits for. At fixed x:
-a = P(click), p = P(conversion within the attribution window | click), p0 = 1 - p, p_dp = P(converts, but after w | click),
+a = P(click), p = P(conversion within the attribution window | click), p0 = 1 - p, p_dp = P(converts after w | click),
 p_ip = p - p_dp, f = the model's own p, detached. Two auxiliary heads, learned on matured rows (rule R7), estimate
 f_rn = P(no conversion | none within w) = p0 / (p0 + p_dp) and f_dp = p_dp.
 
-A method turns a row's sample class into two weights: ``positive`` on -log t and ``negative`` on -log(1 - t), with t = a p.
+A method turns a row's sample class into two weights: ``positive`` on -log t, ``negative`` on -log(1 - t), t = a p.
 Its fixed point is t = W+ / (W+ + W-), where W+ and W- sum the weights over all rows an impression emits. Unclicked
 impressions are certain negatives (R3), but must weigh what a click at the same x weighs *in total*, else t is biased
-although p would not be: 1 for mass-preserving methods, 1 + f_dp for ES-DFM, 2 for DEFER. Tests hold every fixed point to
-1e-6, in click space and in the entire space.
+although p would not be: 1 for mass-preserving methods, 1 + f_dp for ES-DFM, 2 for DEFER. Tests hold every fixed point
+to 1e-6, in click space and in the entire space.
 
 Sources: FNW, FNC (Ktena et al., RecSys 2019), ES-DFM (Yang et al., AAAI 2021), DEFER (Gu et al., KDD 2021), DEFUSE
 (Chen et al., WWW 2022), DDFM (KID-22/DDFM). Formulas were derived again here: some public implementations are wrong.
@@ -117,7 +117,7 @@ def _vanilla_dup(r: Rows, _: Beliefs) -> Weights:
 
 
 def fake_negative(r: Rows, b: Beliefs) -> Weights:
-    """FNW divided by its total mass 1 + f, for any w: each click a negative of weight 1 - f, each conversion a positive.
+    """FNW over its total mass 1 + f, for any w: each click a negative of weight 1 - f, each conversion a positive.
 
     Needs no head, so it stands in while a head is cold or out of bounds. Its expected masses equal those of MP-ES-DFM
     emission by emission, so switching between the two at any row leaves t = a p.

@@ -2,7 +2,8 @@
 
 Ma et al., SIGIR 2018 (arXiv:1804.07931), eq. 3, with weights a row for delayed labels (`esmm.delay` makes them).
 With a = sigmoid(u) and c = sigmoid(v) the conversion probability of an impression is t = a c. Neither log t nor
-log(1 - t) is computed from t itself, so nothing overflows, vanishes or is clamped: a confident wrong row keeps its gradient.
+log(1 - t) is computed from t itself, so nothing overflows, vanishes or is clamped: a confident wrong row keeps its
+gradient.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ _LOG_HALF = -0.6931471805599453
 def log_ctcvr(logits_B2: Tensor) -> tuple[Tensor, Tensor]:
     """[CTR, CVR] logits u, v -> log t and log(1 - t), both accurate to float32 rounding for any finite logits.
 
-    log t = log a + log c. Below one half log(1 - t) = log1p(-exp(log t)); above it 1 - t = (1 - a) + a (1 - c), a sum of
-    positive numbers, is added in log space (log(-expm1(log t)) would lose the gradient once log t rounds to zero).
+    log t = log a + log c. Below one half log(1 - t) = log1p(-exp(log t)); above it 1 - t = (1 - a) + a (1 - c), a sum
+    of positive numbers, is added in log space (log(-expm1(log t)) would lose the gradient once log t rounds to zero).
     """
     u_B, v_B = logits_B2.unbind(-1)
     click_B = F.logsigmoid(u_B)
@@ -45,7 +46,10 @@ def entire_space_loss(
     return (ctr + ctcvr) / torch.maximum(first_B.sum(), weighted / 2).clamp(min=1.0)
 
 
-def masked_bce(logit_B: Tensor, label_B: Tensor, mask_B: Tensor) -> Tensor:
-    """Mean binary cross-entropy with logits over the rows where ``mask_B`` is 1; zero when there is none."""
+def masked_bce(logit_B: Tensor, label_B: Tensor, mask_B: Tensor, at_least: float = 1.0) -> Tensor:
+    """Binary cross-entropy with logits over the rows where ``mask_B`` is 1, in nats a row, zero when there is none.
+
+    The sum is divided by the number of those rows, or by ``at_least`` when they are fewer.
+    """
     each_B = F.binary_cross_entropy_with_logits(logit_B, label_B, reduction="none")
-    return (each_B * mask_B).sum() / mask_B.sum().clamp(min=1.0)
+    return (each_B * mask_B).sum() / mask_B.sum().clamp(min=at_least)

@@ -1,0 +1,263 @@
+"""The streaming learner: predict a batch, then take one optimiser step on it.
+
+For a guided tour: `esmm.delay` (what each row teaches), `esmm.loss`, `esmm.optim` (how weights move), `Learner.step`.
+One thread at a time. On one compute thread every step is reproducible bit for bit, also across `save` and `restore`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esmm.batch import Examples, FeatureBlock, Float32, StepStats
+from esmm.delay import (
+    DEFAULT,
+    Beliefs,
+    HeadTargets,
+    Rows,
+    Weights,
+    fake_negative,
+    head_targets,
+    method_named,
+    sample_classes,
+    served_ctcvr,
+)
+from esmm.heads import HeadRule, Heads, Trust
+from esmm.loss import entire_space_loss
+from esmm.model import ESMM, probabilities
+from esmm.optim import DenseAdam, RowRule, Tables, Touched
+from esmm.restart import read_state, refused, write_state
+
+WriteVersion = Callable[[Path, ESMM, Mapping[str, Any]], object]
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How to learn. ``threads`` are torch's compute threads, for the whole process."""
+
+    method: str = DEFAULT
+    learning_rate: float = 1e-3
+    l2_dense: float = 0.0
+    embedding: RowRule = field(default_factory=RowRule)
+    heads: HeadRule = field(default_factory=HeadRule)
+    clip_norm: float = 10.0  # of the whole gradient, embeddings included
+    seed: int = 1024
+    threads: int = 1
+
+
+class Evaluator:
+    """Scores examples with a model as it is, for progressive metrics and for the gate's candidate against live."""
+
+    def __init__(self, model: ESMM, odds_correction: bool = False, chunk_rows: int = 8_192) -> None:
+        """``odds_correction``: see `esmm.delay.served_ctcvr`; a manifest says it by ``"ctcvr_correction": "odds"``."""
+        self._model, self._odds_correction, self._chunk_rows = model, odds_correction, chunk_rows
+
+    def predict(self, examples: Examples) -> tuple[Float32, Float32]:
+        """Give pCTR and pCTCVR (B,) of every row, in evaluation mode."""
+        parts = [np.zeros((0, 2), np.float32)]
+        training = self._model.training
+        self._model.eval()
+        try:
+            with torch.inference_mode():
+                for at in range(0, examples.rows, self._chunk_rows):
+                    ids_BS, dense_BD = _inputs(self._model, examples, slice(at, at + self._chunk_rows))
+                    parts.append(self._model.logits(ids_BS, dense_BD).numpy())
+        finally:
+            self._model.train(training)
+        return self.served(torch.from_numpy(np.concatenate(parts)))
+
+    def served(self, logits_B2: Tensor) -> tuple[Float32, Float32]:
+        """Give pCTR and pCTCVR as they would be published."""
+        p = probabilities(logits_B2.detach())
+        ctr_B, ctcvr_B = p.ctr_B.numpy(), p.ctcvr_B.numpy()
+        return ctr_B, served_ctcvr(ctr_B, ctcvr_B) if self._odds_correction else ctcvr_B
+
+
+class _Forward(NamedTuple):
+    """One batch through the towers and heads, with what it will teach."""
+
+    logits_B2: Tensor
+    head_logits_B2: Tensor
+    rows: Rows
+    weights: Weights
+    targets: HeadTargets
+    loss: Tensor
+    head_loss: Tensor
+
+
+class Learner:
+    """An ESMM, its delayed-feedback heads and their optimisers."""
+
+    def __init__(self, model: ESMM, config: LearnerConfig, write_version: WriteVersion) -> None:
+        """Take the model's parameters over (they become views of the optimisers' memory); it must be on the CPU.
+
+        ``write_version`` is how `export` writes a version: `esmm.checkpoint.save_version`.
+        Raises ValueError for an unknown method.
+        """
+        torch.set_num_threads(config.threads)
+        self.model, self.config, self.steps = model, config, 0
+        self.method = method_named(config.method)
+        self.evaluator = Evaluator(model, self.method.odds_correction)
+        self._write_version = write_version
+        self._tables = Tables(dict(model.embedding_dict.items()), config.embedding)
+        dense = [p for name, p in model.named_parameters() if not name.startswith("embedding_dict.")]
+        self._adam = DenseAdam(dense, config.learning_rate, config.l2_dense)
+        self._heads = Heads(model.input_dim, config.heads, config.seed)
+        self._dropout = model.hyper["dnn_dropout"] > 0
+        self._batch_norm = [buffer for name, buffer in model.named_buffers() if ".bn." in name]
+
+    @property
+    def fallback(self) -> bool:
+        """Whether `fake_negative` weighs rows now, because the method's heads are cold or out of bounds."""
+        return self.method.needs_heads and not self._heads.trusted
+
+    def predict(self, examples: Examples) -> tuple[Float32, Float32]:
+        """Give pCTR and pCTCVR of every row with the weights as they are."""
+        return self.evaluator.predict(examples)
+
+    def step(self, examples: Examples) -> StepStats:
+        """Predict every row, then take one optimiser step, or none when the loss or its gradient is not finite."""
+        before = self.predict(examples) if self._dropout or self._batch_norm else None
+        with self._undo_batch_norm() as undo:
+            forward = self._forward(examples)
+            self._adam.zero()
+            self._heads.adam.zero()
+            (forward.loss + forward.head_loss).backward()  # type: ignore[no-untyped-call]
+            finite = self._learn(forward, self._tables.collect())
+            if not finite:
+                undo()
+        self.steps += 1
+        ctr_B, ctcvr_B = before or self.evaluator.served(forward.logits_B2)
+        first_rows = int(forward.rows.first_B.sum())
+        return StepStats(examples.rows, first_rows, float(forward.loss.detach()), ctr_B, ctcvr_B, finite)
+
+    def _forward(self, examples: Examples) -> _Forward:
+        columns = (examples.click_B, examples.conversion_B, examples.observed_B)
+        rows = sample_classes(torch.tensor(examples.kind_B), *(torch.tensor(c, dtype=torch.float32) for c in columns))
+        ids_BS, dense_BD = _inputs(self.model, examples, slice(None))
+        x_BD = self.model.embed(ids_BS, dense_BD, self._tables.lookup)
+        with self._own_randomness():
+            logits_B2 = self.model.towers(x_BD)
+        head_logits_B2 = self._heads(x_BD) if self.method.needs_heads else torch.zeros_like(logits_B2)
+        rn_B, dp_B = torch.sigmoid(head_logits_B2.detach()).unbind(1)
+        beliefs = Beliefs(torch.sigmoid(logits_B2.detach()[:, 1]), rn_B, dp_B)
+        weights = (fake_negative if self.fallback else self.method.weights)(rows, beliefs)
+        targets = head_targets(rows)
+        click_B = torch.tensor(examples.click_B, dtype=torch.float32)
+        loss = entire_space_loss(logits_B2, click_B, rows.first_B, *weights)
+        return _Forward(
+            logits_B2, head_logits_B2, rows, weights, targets, loss, self._heads.loss(head_logits_B2, targets)
+        )
+
+    def _learn(self, forward: _Forward, touched: list[Touched]) -> bool:
+        """Apply the gradients if all are finite; says whether they were."""
+        square = self._adam.grad_P.square().sum() + sum(t.grad_UE.square().sum() for t in touched)
+        head_square = self._heads.adam.grad_P.square().sum()
+        weighted = (forward.rows.first_B + forward.weights.positive_B + forward.weights.negative_B).sum()
+        matured = forward.targets.dp_mask_B.sum()
+        facts = (forward.loss.detach(), forward.head_loss.detach(), square, head_square, weighted, matured)
+        numbers = torch.stack(facts)
+        if not bool(torch.isfinite(numbers).all()):
+            return False
+        _, _, square_, head_square_, weighted_, matured_ = numbers.tolist()
+        if weighted_ > 0:  # with nothing to learn from, Adam's momentum would still move the towers
+            scale = self._clip(square_)
+            self._adam.step(scale)
+            for tables, rows_U, grad_UE in touched:
+                tables.learn(rows_U, grad_UE, scale)
+        if self.method.needs_heads and matured_ > 0:
+            self._heads.learn(forward.head_logits_B2.detach(), forward.targets, self._clip(head_square_))
+        return True
+
+    def _clip(self, square: float) -> float:
+        norm = square**0.5
+        return 1.0 if norm <= self.config.clip_norm else self.config.clip_norm / norm
+
+    @contextlib.contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Dropout drawn from the seed and the step's number, so that a restart draws the same."""
+        if not self._dropout:
+            yield
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.config.seed + self.steps)
+            yield
+
+    @contextlib.contextmanager
+    def _undo_batch_norm(self) -> Iterator[Callable[[], None]]:
+        """Batch norm's running statistics move in the forward pass, before anyone knows that the step is refused."""
+        saved = [buffer.clone() for buffer in self._batch_norm]
+
+        def undo() -> None:
+            for buffer, before in zip(self._batch_norm, saved, strict=True):
+                buffer.copy_(before)
+
+        yield undo
+
+    def export(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+        """Write ``model.safetensors`` and ``manifest.json`` (schema, hyper-parameters, sha256 and the given fields).
+
+        The manifest also says the method, and ``"ctcvr_correction"``: "odds" when a scorer must apply `served_ctcvr`.
+        """
+        correction = "odds" if self.method.odds_correction else "none"
+        own = {"method": self.method.name, "ctcvr_correction": correction}
+        self._write_version(directory, self.model, {**manifest, **own})
+
+    def save(self, directory: Path) -> None:
+        """Write weights, optimiser and auxiliary state for an exact restart into an existing directory, fsynced."""
+        write_state(directory, self._state(), self._numbers())
+
+    def restore(self, directory: Path) -> None:
+        """Read what `save` wrote; raises ValueError that says what is wrong, and then nothing was changed."""
+        own, numbers = self._state(), self._numbers()
+        saved, meta = read_state(directory, own, numbers)
+        for key in ("schema_hash", "embedding_optimiser", "odds_correction"):
+            if meta[key] != numbers[key]:
+                raise refused(directory, f"{key} is {meta[key]!r}, this learner has {numbers[key]!r}")
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+        self.steps, self._adam.steps, self._heads.adam.steps = meta["steps"], meta["dense_steps"], meta["head_steps"]
+        self._heads.trust = Trust(meta["head_rows"], meta["head_predicted"], meta["head_labelled"])
+
+    def _numbers(self) -> dict[str, Any]:
+        """The counters of a restart, and what must be equal for its tensors to mean the same.
+
+        The method may change between runs, but not what its t means.
+        """
+        trust = self._heads.trust
+        return {
+            "schema_hash": self.model.schema.hash,
+            "embedding_optimiser": self.config.embedding.optimiser,
+            "odds_correction": self.method.odds_correction,
+            "steps": self.steps,
+            "dense_steps": self._adam.steps,
+            "head_steps": self._heads.adam.steps,
+            "head_rows": trust.rows,
+            "head_predicted": trust.predicted,
+            "head_labelled": trust.labelled,
+        }
+
+    def _state(self) -> dict[str, Tensor]:
+        """Every tensor that a restart needs, by name; views, not copies."""
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": self.model.state_dict(),
+            "heads": self._heads.state_dict(),
+            "adam": self._adam.state(),
+            "head_adam": self._heads.adam.state(),
+            "tables": self._tables.state(),
+        }
+        return {f"{part}.{name}": tensor.detach() for part, named in parts.items() for name, tensor in named.items()}
+
+
+def _inputs(model: ESMM, examples: Examples, rows: slice) -> tuple[Tensor, Tensor]:
+    """ids_BS and dense_BD of some rows."""
+    blocks = (examples.user, examples.item, examples.context)
+    ids_BS, dense_BD = model.schema.pack(*(FeatureBlock(b.ids_NS[rows], b.dense_ND[rows]) for b in blocks))
+    return torch.from_numpy(ids_BS), torch.from_numpy(dense_BD)
