@@ -88,8 +88,8 @@ def asyncapi() -> dict[str, Any]:
             "title": "stream-scorer",
             "version": f"{SCHEMA_VERSION}.0.0",
             "license": {"name": "Apache-2.0"},
-            "description": "Topic names are the defaults of `kafka.topics`. Every message is keyed by user_id, except in "
-            "score-rejects, which keeps the key it had. Times are integer milliseconds since the epoch. "
+            "description": "Topic names are the defaults of `kafka.topics`. Every message is keyed by user_id, "
+            "except in score-rejects, which keeps the key it had. Times are integer milliseconds since the epoch. "
             "Unknown fields are rejected.",
         },
         "defaultContentType": "application/json",
