@@ -8,6 +8,7 @@ Shape suffixes: R rows of all tables of one width E, N rows looked up, U unique 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -131,8 +132,8 @@ class TablesOfWidth:
         for name, value in (("touches", touches_U), ("mean", mean_UE), ("square", square_UE)):
             self.state[name].index_copy_(0, rows_U, value)
         age_U1 = touches_U.clamp(min=1)[:, None]
-        root_UE = (square_UE / (1 - _BETA_2**age_U1)).sqrt() + _EPS
-        return mean_UE / (1 - _BETA_1**age_U1) / root_UE
+        bias_1_U1, bias_2_U1 = (-torch.expm1(age_U1 * math.log(beta)) for beta in (_BETA_1, _BETA_2))  # 1 - beta**age
+        return mean_UE / bias_1_U1 / ((square_UE / bias_2_U1).sqrt() + _EPS)
 
 
 class Tables:
@@ -157,7 +158,7 @@ class Tables:
         """Vectors of valid rows, any shape -> one more axis; a leaf whose gradient `collect` will find."""
         group, start = self._where[table]
         rows_N = (rows + start).flatten()
-        leaf = group.weight_RE.index_select(0, rows_N).view(*rows.shape, -1).requires_grad_()
+        leaf = group.weight_RE.index_select(0, rows_N).view(*rows.shape, group.weight_RE.shape[1]).requires_grad_()
         group.looked_up.append((rows_N, leaf))
         return leaf
 
