@@ -1,0 +1,168 @@
+"""The fast path: users once a request, items once and cached, rows in blocks, beside the caller's thread.
+
+The first layer is linear, so it is a sum of a user's, an item's and a context's part: exact, not an approximation.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from esmm.batch import FeatureBlock, Float32, Int64, RankBatch, Scores, Source, zero_block
+from esmm.features import SOURCES
+from esmm.model import ESMM
+from esmm.predictor.config import Pending, PredictorConfig
+from esmm.predictor.fold import fold
+from esmm.predictor.plain import scores_of
+from esmm.predictor.rows import EagerRows
+from esmm.predictor.table import PartTable
+
+QUEUE = 2  # batches launched and not yet computed; a third launch waits
+
+
+@dataclass
+class PredictorStats:
+    """Running totals of one predictor, written by its thread."""
+
+    batches: int = 0
+    rows: int = 0
+    items: int = 0
+    item_hits: int = 0
+    users: int = 0
+
+
+class FastPredictor:
+    """One model version, computed in its own thread. `launch` and `collect` are called from one thread."""
+
+    def __init__(self, model: ESMM, version: int, config: PredictorConfig) -> None:
+        """Take over ``model``: put it into eval mode and copy what the fast path needs of its weights."""
+        self._model = model.eval().to(config.device)
+        self._version = version
+        self._config = config
+        self.stats = PredictorStats()
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self._folded = fold(self._model)
+        self._table = PartTable(
+            _capacity(config, self._folded.width * dtype.itemsize),
+            config.max_rows,
+            self._folded.width,
+            dtype,
+            config.device,
+        )
+        self._rows = EagerRows(self._folded, self._table.parts, dtype)
+        self._slots = threading.Semaphore(QUEUE)
+        self._thread = ThreadPoolExecutor(1, f"predictor-{version}", torch.set_num_threads, (config.threads,))
+
+    @property
+    def version(self) -> int:
+        """The model version."""
+        return self._version
+
+    @property
+    def config(self) -> PredictorConfig:
+        """How it runs."""
+        return self._config
+
+    def launch(self, batch: RankBatch) -> Pending:
+        """Start computing; waits only when `QUEUE` batches are on their way. Raises RuntimeError once closed."""
+        self._slots.acquire()
+        try:
+            future = self._thread.submit(self._scores, batch)
+        except RuntimeError:
+            self._slots.release()
+            raise
+        future.add_done_callback(self._finished)
+        return Pending(batch.rows, future)
+
+    def collect(self, pending: Pending) -> Scores:
+        """The scores of a launched batch, in its row order; raises what computing them raised."""
+        return pending.future.result()
+
+    def close(self) -> None:
+        """Finish what was launched and stop the thread."""
+        self._thread.shutdown()
+
+    def logits(self, batch: RankBatch) -> Float32:
+        """logits_B2 of a batch, waited for: what `precision_error` compares."""
+        return self._thread.submit(self._logits, batch).result()
+
+    def warm(self) -> None:
+        """Run a batch of every bucket size, so that no later batch pays for a kernel's first use."""
+        layouts = [self._model.schema.layout(source) for source in SOURCES]
+        for rows in self._config.buckets:
+            user, item, context = (zero_block(layout, rows) for layout in layouts)
+            index_B = np.arange(rows)
+            self.logits(RankBatch(user, item, context, index_B, index_B, np.full(rows, -1), np.zeros(rows, np.int64)))
+        self.stats = PredictorStats()
+
+    def _finished(self, _: Future[Scores]) -> None:
+        self._slots.release()
+
+    def _scores(self, batch: RankBatch) -> Scores:
+        return scores_of(self._logits(batch), self._version)
+
+    @torch.inference_mode()
+    def _logits(self, batch: RankBatch) -> Float32:
+        limit = self._config.max_rows
+        if max(batch.rows, batch.user.rows, batch.item.rows) <= limit:
+            return self._slice(batch)
+        slices = [self._slice(_narrow(batch, slice(at, at + limit))) for at in range(0, batch.rows, limit)]
+        return np.concatenate([np.zeros((0, 2), np.float32), *slices])
+
+    def _slice(self, batch: RankBatch) -> Float32:
+        """At most ``max_rows`` rows, users and items."""
+        self._table.write_users(self._part("user", batch.user) + self._folded.bias_T)
+        parts = [self._table.first_user + batch.user_of_B]
+        if len(self._folded.first["item"]):
+            parts.append(self._place_items(batch)[batch.item_of_B])
+        self.stats.batches += 1
+        self.stats.rows += batch.rows
+        self.stats.users += batch.user.rows
+        parts_BS, context_BD = np.stack(parts, 1), self._embed("context", batch.context)
+        logits_B2 = self._rows.logits(parts_BS, context_BD)
+        if not self._table.clean:
+            logits_B2[self._table.poisoned[parts_BS].any(1)] = np.nan
+        if context_BD.shape[1]:
+            logits_B2[~torch.isfinite(context_BD.sum(1)).cpu().numpy()] = np.nan
+        return logits_B2
+
+    def _place_items(self, batch: RankBatch) -> Int64:
+        """Table rows of the batch's items, every part of them valid."""
+        placement = self._table.place(batch.item_slot_I, batch.item_generation_I)
+        if len(placement.missed_M):
+            part_MT = self._part("item", batch.item.take(placement.missed_M))
+            self._table.write_items(placement, part_MT, batch.item_slot_I, batch.item_generation_I)
+        self.stats.items += batch.item.rows
+        self.stats.item_hits += batch.item.rows - len(placement.missed_M)
+        return placement.row_I
+
+    def _part(self, source: Source, block: FeatureBlock) -> torch.Tensor:
+        """part_NT of the first layer, float32."""
+        return self._embed(source, block) @ self._folded.first[source]
+
+    def _embed(self, source: Source, block: FeatureBlock) -> torch.Tensor:
+        ids_NS, dense_ND = (torch.from_numpy(array).to(self._config.device) for array in block)
+        return self._model.embed_source(source, ids_NS, dense_ND)
+
+
+def _capacity(config: PredictorConfig, bytes_an_item: int) -> int:
+    return min(config.cache_items, (config.cache_megabytes << 20) // bytes_an_item)
+
+
+def _narrow(batch: RankBatch, rows: slice) -> RankBatch:
+    """Some rows with just the users and items they use."""
+    users, user_of_B = np.unique(batch.user_of_B[rows], return_inverse=True)
+    items, item_of_B = np.unique(batch.item_of_B[rows], return_inverse=True)
+    return RankBatch(
+        batch.user.take(users),
+        batch.item.take(items),
+        FeatureBlock(batch.context.ids_NS[rows], batch.context.dense_ND[rows]),
+        user_of_B,
+        item_of_B,
+        batch.item_slot_I[items],
+        batch.item_generation_I[items],
+    )
