@@ -124,8 +124,8 @@ class Ledger:
                 for span in gone.spans:
                     span.ticket.stale = True
 
-    def owns(self, record: Record) -> bool:
-        """Whether the record is of an assignment we still have. Raises FatalError for one we were never told of."""
+    def admit(self, record: Record) -> bool:
+        """Whether a record just read is of an assignment we have. Raises FatalError for one we were never told of."""
         part = self._held.get(record.position.topic_partition)
         if part is None:
             return False
@@ -138,8 +138,13 @@ class Ledger:
             )
         return record.epoch == part.epoch
 
+    def current(self, record: Record) -> bool:
+        """Whether a record that was admitted is still ours: what it led to may be published."""
+        part = self._held.get(record.position.topic_partition)
+        return part is not None and part.epoch == record.epoch
+
     def open(self, records: Sequence[Record]) -> Ticket:
-        """Give a ticket for records we own, in the order read. FatalError when a partition would go backwards."""
+        """Give a ticket for admitted records, in the order read. FatalError when a partition would go backwards."""
         ticket = Ticket(self)
         spans: dict[TopicPartition, tuple[int, int]] = {}
         for record in records:
@@ -148,7 +153,7 @@ class Ledger:
             first, after = spans.get(where) or (offset, self._held[where].opened)
             if offset < after:
                 raise FatalError(
-                    f"{_name(where)}: offset {offset} was read again after {after - 1}; refusing to go backwards"
+                    f"{_name(where)}: offset {offset} was read after {after - 1}; refusing to go backwards"
                 )
             spans[where] = (first, offset + 1)
         for where, (first, after) in spans.items():

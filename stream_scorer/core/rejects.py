@@ -85,8 +85,8 @@ class StormBreaker:
         self._open_until_s = 0.0
 
     def record(self, requests: int, rejects: int, now_s: float) -> bool:
-        """Count one batch; True when this batch opened the breaker. ``now_s`` is monotonic."""
-        if not requests:
+        """Count one batch; True when it opened the breaker. ``now_s`` is monotonic."""
+        if not requests and not rejects:
             return False
         self._recent.append((requests, rejects))
         self._requests += requests
