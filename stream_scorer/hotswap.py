@@ -11,12 +11,14 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
+from esmm.batch import RankBatch, Scores
 from stream_scorer.core.errors import ModelRefused
 from stream_scorer.core.metric_names import MODEL_LOAD_SECONDS, MODEL_REFUSED
-from stream_scorer.ports import Clock, Metrics, ModelStore, Predictor, VersionInfo
+from stream_scorer.ports import Clock, Metrics, ModelStore, Pending, Predictor, VersionInfo
 
 Loader = Callable[[VersionInfo], Predictor]
 Stamp = tuple[tuple[str, int, int], ...]  # name, mtime in ns and size of each file
@@ -26,47 +28,79 @@ RETRY_S = 30.0  # after a failure that says nothing about the version itself
 _log = structlog.get_logger("stream_scorer.hotswap")
 
 
+class Lease:
+    """A loaded predictor as the scorer holds it: closing gives it back, and the watcher decides how long it stays."""
+
+    __slots__ = ("_predictor", "returned")
+
+    def __init__(self, predictor: Predictor) -> None:
+        """``predictor`` stays the watcher's."""
+        self._predictor = predictor
+        self.returned = False
+
+    @property
+    def version(self) -> int:
+        """The model version."""
+        return self._predictor.version
+
+    def launch(self, batch: RankBatch) -> Pending:
+        """See `stream_scorer.ports.Predictor`."""
+        return self._predictor.launch(batch)
+
+    def collect(self, pending: Any) -> Scores:
+        """See `stream_scorer.ports.Predictor`."""
+        return self._predictor.collect(pending)
+
+    def close(self) -> None:
+        """Give it back: no batch is in flight on it any more."""
+        self.returned = True
+
+
 class Mailbox:
-    """Holds at most one predictor that is ready, and knows which ones the scorer may be using. Safe between threads."""
+    """Holds at most one predictor that is ready. Safe between the watcher's thread and the scorer's."""
 
     def __init__(self) -> None:
         """Empty."""
         self._lock = threading.Lock()
-        self._waiting: Predictor | None = None
-        self._taken: tuple[Predictor, ...] = ()  # the newest first; a batch may still be in flight on the second
+        self._waiting: Lease | None = None
+        self._serving: int | None = None
+        self._previous: int | None = None
 
-    def offer(self, predictor: Predictor) -> None:
-        """Put it in, in the place of one that was not taken. What is served already is not offered again."""
+    def offer(self, lease: Lease) -> None:
+        """Put it in, in the place of one that was not taken. A version that is served already only clears the slot."""
         with self._lock:
-            serving = self._taken[0] if self._taken else None
-            self._waiting = None if predictor is serving else predictor
+            if self._waiting is not None:
+                self._waiting.close()
+            self._waiting = lease if lease.version != self._serving else None
+            if self._waiting is None:
+                lease.close()
 
-    def take(self) -> Predictor | None:
-        """The predictor waiting, once. The caller has collected every batch but those of the last one it took."""
+    def take(self) -> Lease | None:
+        """The predictor waiting, once. The taker closes it when it is replaced and nothing is in flight on it."""
         if self._waiting is None:  # asked for once a batch: no lock for nothing
             return None
         with self._lock:
             taken, self._waiting = self._waiting, None
             if taken is not None:
-                self._taken = (taken, *self._taken[:1])
+                self._previous, self._serving = self._serving, taken.version
             return taken
-
-    def start_with(self, predictor: Predictor) -> None:
-        """Say what is served from the start, without a swap."""
-        with self._lock:
-            self._taken = (predictor,)
 
     @property
     def heading(self) -> int | None:
         """The version that is served, or will be once what waits is taken."""
         with self._lock:
-            newest = self._waiting or next(iter(self._taken), None)
-            return None if newest is None else newest.version
+            return self._serving if self._waiting is None else self._waiting.version
 
-    def in_use(self) -> list[Predictor]:
-        """Whatever waits, is served, or may have a batch in flight."""
+    def kept(self) -> set[int | None]:
+        """Versions to keep open: waiting, served, and the one served before, to go back to."""
         with self._lock:
-            return [*([self._waiting] if self._waiting is not None else []), *self._taken]
+            return {self._serving, self._previous, None if self._waiting is None else self._waiting.version}
+
+
+@dataclass(slots=True)
+class _Loaded:
+    predictor: Predictor
+    leases: list[Lease]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,30 +122,27 @@ class Watcher:
         self._mailbox = mailbox
         self._metrics = metrics
         self._clock = clock
-        self._open: list[Predictor] = []
+        self._open: dict[int, _Loaded] = {}
         self._refused: _Refusal | None = None
         self._trouble = ""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start_with(self, predictor: Predictor) -> None:
-        """Say what is served from the start, without a swap."""
-        self._open = [predictor]
-        self._mailbox.start_with(predictor)
-
-    def tick(self) -> Predictor | None:
-        """Look once; returns what was offered, if anything was. Never raises."""
+    def tick(self) -> int | None:
+        """Look once; returns the version that was offered, if one was. Never raises."""
+        self._close_unused()
         version = self._current()
         if self._refused is not None and self._refused.version != version:
             self._refused = None
         if version is None or version == self._mailbox.heading:
             return None
-        predictor = next((known for known in self._open if known.version == version), None) or self._load(version)
-        if predictor is None:
+        loaded = self._open.get(version) or self._load(version)
+        if loaded is None:
             return None
-        self._mailbox.offer(predictor)
-        self._close_unused()
-        return predictor
+        lease = Lease(loaded.predictor)
+        loaded.leases.append(lease)
+        self._mailbox.offer(lease)
+        return version
 
     def _current(self) -> int | None:
         try:
@@ -124,7 +155,7 @@ class Watcher:
         self._trouble = ""
         return version
 
-    def _load(self, version: int) -> Predictor | None:
+    def _load(self, version: int) -> _Loaded | None:
         started_s = self._clock.monotonic_s()
         stamp: Stamp = ()
         try:
@@ -138,10 +169,10 @@ class Watcher:
                 self._refuse(version, stamp, error)
             return None
         self._refused = None
-        self._open.append(predictor)
+        self._open[version] = _Loaded(predictor, [])
         self._metrics.observe(MODEL_LOAD_SECONDS, self._clock.monotonic_s() - started_s)
         _log.info("model version ready", version=version)
-        return predictor
+        return self._open[version]
 
     def _known_bad(self, stamp: Stamp, now_s: float) -> bool:
         return self._refused is not None and self._refused.stamp == stamp and now_s < self._refused.retry_at_s
@@ -154,11 +185,12 @@ class Watcher:
         _log.error("model version refused", version=version, reason=reason, error=str(error) or type(error).__name__)
 
     def _close_unused(self) -> None:
-        used = self._mailbox.in_use()
-        for predictor in self._open:
-            if predictor not in used:
-                predictor.close()
-        self._open = used
+        kept = self._mailbox.kept()
+        for version, loaded in list(self._open.items()):
+            loaded.leases = [lease for lease in loaded.leases if not lease.returned]
+            if version not in kept and not loaded.leases:
+                del self._open[version]
+                loaded.predictor.close()
 
     def start(self, poll_s: float) -> None:
         """Look every ``poll_s`` seconds until `stop`."""
@@ -179,9 +211,9 @@ class Watcher:
     def close(self) -> None:
         """`stop`, then close every predictor; call when nothing is scored any more."""
         self.stop()
-        for predictor in self._open:
-            predictor.close()
-        self._open = []
+        for loaded in self._open.values():
+            loaded.predictor.close()
+        self._open = {}
 
 
 def _stamp(info: VersionInfo) -> Stamp:
