@@ -17,6 +17,7 @@ from esmm.features import FeatureSchema
 from stream_scorer.cli import app
 from stream_scorer.core.metric_names import ALL, Metric
 from stream_scorer.embedded.market_features import MARKET_TOML
+from stream_scorer.embedded.plan import DemoPlan
 from stream_scorer.settings import Settings, load
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -151,6 +152,13 @@ def test_compose_environment_is_accepted_by_settings() -> None:
             assert settings.kafka.bootstrap == "kafka:9092"
             assert settings.redis.url.get_secret_value() == "redis://valkey:6379/0"
             assert settings.http.port == 8080
+
+
+def test_compose_trainer_has_the_windows_of_the_market_it_learns_from() -> None:
+    environment = COMPOSE["services"]["trainer"]["environment"]
+    prefix = "STREAM_SCORER_TRAINER__"
+    windows = {k.removeprefix(prefix).lower(): v for k, v in environment.items() if k.startswith(prefix)}
+    assert windows == DemoPlan().trainer_settings()
 
 
 def test_compose_services_are_locked_down_and_wait_for_what_they_need() -> None:
