@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,13 +17,14 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 from confluent_kafka import TopicPartition as ClientPartition
 
 from stream_scorer.adapters.kafka_config import NOT_ALLOWED, ClientLog, KafkaConfig
-from stream_scorer.adapters.kafka_health import PROBE_S, Outage, first_error, nothing
+from stream_scorer.adapters.kafka_health import PROBE_S, Outage, first_error
 from stream_scorer.adapters.kafka_sink import KafkaSink
 from stream_scorer.core.errors import ConfigurationError, FatalError
+from stream_scorer.core.metric_names import KAFKA_ERRORS, OFFSET_GAPS
 from stream_scorer.core.records import CommitResult, Position, Record, TopicPartition
-from stream_scorer.ports import RebalanceListener
+from stream_scorer.ports import Metrics, RebalanceListener
 
-__all__ = ["KafkaConfig", "KafkaSink", "KafkaSource", "SourceEvents"]
+__all__ = ["KafkaConfig", "KafkaSink", "KafkaSource"]
 
 _log = structlog.get_logger("stream_scorer.kafka")
 
@@ -57,14 +58,6 @@ _TRANSIENT = frozenset(
 _UNKNOWN_TOPIC = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})  # noqa: SLF001
 
 
-@dataclass(frozen=True)
-class SourceEvents:
-    """What a source tells besides records; both are called on the polling thread."""
-
-    gap: Callable[[TopicPartition, int], None] = nothing  # records the broker had dropped before we read them
-    error: Callable[[str], None] = nothing  # a transient client error, by name
-
-
 @dataclass(slots=True)
 class _Held:
     """An assigned partition: its assignment epoch, and the offset expected next (-1 when unknown)."""
@@ -76,14 +69,12 @@ class _Held:
 class KafkaSource:
     """A consumer group member (`stream_scorer.ports.Source`)."""
 
-    def __init__(
-        self, config: KafkaConfig, topics: Sequence[str], group: str, events: SourceEvents | None = None
-    ) -> None:
+    def __init__(self, config: KafkaConfig, topics: Sequence[str], group: str, metrics: Metrics) -> None:
         """Connects to nothing yet. `ConfigurationError` when an option is unknown or wrong."""
         self._config = config
         self._topics = list(topics)
-        self._events = events or SourceEvents()
-        self._outage = Outage(config, self._events.error)
+        self._metrics = metrics
+        self._outage = Outage(config, self._count_error)
         self._listener: RebalanceListener | None = None
         self._held: dict[tuple[str, int], _Held] = {}
         self._epoch = 0
@@ -117,6 +108,9 @@ class KafkaSource:
             options.setdefault("session.timeout.ms", config.session_timeout_ms)
             options.setdefault("heartbeat.interval.ms", max(200, config.session_timeout_ms // 5))
         return options
+
+    def _count_error(self, name: str) -> None:
+        self._metrics.inc(KAFKA_ERRORS, error=name)
 
     def subscribe(self, listener: RebalanceListener) -> None:
         """See `stream_scorer.ports.Source`."""
@@ -197,7 +191,7 @@ class KafkaSource:
         if code in _UNKNOWN_TOPIC:
             self._require_topics()
         _log.warning("kafka read error", error=self._config.explain(error))
-        self._events.error(error.name())
+        self._count_error(error.name())
 
     def _require_topics(self) -> None:
         """`ConfigurationError` when a subscribed topic really is not there (a restarting broker may say so briefly)."""
@@ -238,7 +232,7 @@ class KafkaSource:
             dropped = min(low[where], found) - expected
             if dropped > 0:
                 _log.warning("records were dropped by the broker before we read them", partition=where, count=dropped)
-                self._events.gap(where, dropped)
+                self._metrics.inc(OFFSET_GAPS, dropped)
 
     def _low_watermark(self, where: TopicPartition) -> int:
         try:
@@ -252,6 +246,9 @@ class KafkaSource:
         """See `stream_scorer.ports.Source`. Retriable errors are retried for `COMMIT_BOUND_S`, then returned."""
         if not next_offsets:
             return CommitResult(committed=True, fenced=False, error=None)
+        gone = next_offsets.keys() - self._held.keys()
+        if gone:  # the broker would take it, and undo what the new owner has committed
+            return CommitResult(committed=False, fenced=True, error=f"{sorted(gone)[0]} is not held any more")
         offsets = [ClientPartition(where.topic, where.partition, offset) for where, offset in next_offsets.items()]
         give_up = time.monotonic() + COMMIT_BOUND_S
         while True:
@@ -266,7 +263,7 @@ class KafkaSource:
             if error.code() not in _TRANSIENT or time.monotonic() > give_up:
                 fenced = error.code() in _FENCED
                 return CommitResult(committed=False, fenced=fenced, error=self._config.explain(error))
-            self._events.error(error.name())
+            self._count_error(error.name())
             time.sleep(RETRY_S)
 
     def _commit_once(self, offsets: list[ClientPartition]) -> KafkaError | None:
@@ -291,6 +288,11 @@ class KafkaSource:
                 else:
                     self._held[where].next_offset = offset
                     break
+
+    @property
+    def assigned(self) -> int:
+        """How many partitions are held."""
+        return len(self._held)
 
     def pause(self) -> None:
         """See `stream_scorer.ports.Source`. Holds for partitions assigned later too."""

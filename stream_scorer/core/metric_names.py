@@ -31,6 +31,7 @@ STAGE_SECONDS = Metric("stage_seconds", "histogram", "time a batch spends in a s
 LATENCY_SECONDS = Metric("latency_seconds", "histogram", "request timestamp to scored", (), SECONDS)
 LAG = Metric("lag_records", "gauge", "records behind the end of the assigned partitions")
 OFFSET_GAPS = Metric("offset_gap_records_total", "counter", "records skipped because the broker had dropped them")
+KAFKA_ERRORS = Metric("kafka_errors_total", "counter", "errors the Kafka consumer got over", ("error",))
 FEATURES_MISSING = Metric(
     "features_missing_total", "counter", "entities scored with a default vector", ("entity", "reason")
 )
