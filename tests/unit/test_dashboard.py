@@ -7,9 +7,11 @@ import json
 import re
 import types
 import typing
+import urllib.request
 
 import pytest
 
+from stream_scorer.adapters.http import Endpoints, HttpConfig, HttpServer
 from stream_scorer.dashboard import snapshot as contract
 from stream_scorer.dashboard.page import CONTENT_SECURITY_POLICY, STATIC, assets
 from stream_scorer.dashboard.snapshot import Snapshot, TaskMetrics, TrainerPart, to_event, to_json
@@ -132,6 +134,30 @@ def test_event_is_one_server_sent_event() -> None:
     assert (head, kind) == ("id: 1700000000000", "event: snapshot")
     assert json.loads(data.removeprefix("data: "))["profile"]
     assert rest == ["", ""]
+
+
+def test_the_http_server_serves_the_whole_page_under_its_policy() -> None:
+    def get(url: str) -> typing.Any:
+        return urllib.request.urlopen(url, timeout=5)
+
+    endpoints = Endpoints(
+        event=lambda: to_event(made_up("full", 1_700_000_000_000, 65.0)),
+        assets=assets(),
+        headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY},
+    )
+    server = HttpServer(HttpConfig(), endpoints)
+    url = server.start()
+    try:
+        for path, asset in assets().items():
+            with get(url + path) as answer:
+                assert answer.read() == asset.body
+                assert answer.headers["Content-Type"] == asset.content_type
+                assert answer.headers["Content-Security-Policy"] == CONTENT_SECURITY_POLICY
+        with get(f"{url}/events") as events:
+            assert events.headers["Content-Type"].startswith("text/event-stream")
+            assert [events.readline().split(b":")[0] for _ in range(3)] == [b"id", b"event", b"data"]
+    finally:
+        server.stop()
 
 
 def test_snapshot_is_frozen() -> None:
