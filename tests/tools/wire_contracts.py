@@ -81,7 +81,7 @@ def json_schema(topic: str) -> dict[str, Any]:
 def asyncapi() -> dict[str, Any]:
     """AsyncAPI 3.0: what this application receives and sends."""
     receive = {TOPICS.requests: "scorer", TOPICS.served: "trainer", TOPICS.feedback: "trainer"}
-    send = {TOPICS.scores: "scorer", TOPICS.served: "scorer", TOPICS.rejects: "scorer"}
+    send = {TOPICS.scores: "scorer", TOPICS.served: "scorer", TOPICS.rejects: "scorer or trainer"}
     return {
         "asyncapi": "3.0.0",
         "info": {

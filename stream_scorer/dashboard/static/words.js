@@ -9,7 +9,7 @@ export const WORDS = {
   truth: ["Truth AUC", "Only a simulated market knows the true click probability of every candidate. This compares the live scores with it, free of label noise."],
   late: ["Late conversion", "A conversion that comes after its example was first learned from without one. It is sent to the trainer again as a positive, and the loss accounts for it."],
   gate: ["Gate", "A candidate version is compared with the live one on the same recent examples. Worse log loss, PCOC out of bounds or a number that is not finite: it is held."],
-  gatelogloss: ["Log loss at the gate", "The candidate's CTR log loss on the recent examples the gate looked at, in nats. Lower is better."],
+  versionlogloss: ["Log loss of a version", "The trainer's progressive CTCVR log loss when it published this version, in nats. Lower is better."],
   lost: ["Lost", "Requests with neither a score nor a reject. The promise is none, whatever is killed."],
   duplicates: ["Duplicates", "Requests scored twice. Delivery is at least once, so a crash may cause a few; consumers can drop them by request id."],
   latency: ["Latency", "From the request's timestamp to its score. p50: half are faster. p99: all but one in a hundred are faster."],
