@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-from numpy.typing import NDArray
 
-from esmm.batch import FeatureBlock, SourceLayout, zero_block
+from esmm.batch import FeatureBlock, SourceLayout
+from stream_scorer.embedded.blocks import fill
 from stream_scorer.embedded.market import BRANDS, CATEGORIES, HISTORY, HOURS, SEGMENTS, Int64, Market
 
 ID_BUCKETS = 4_096
@@ -118,19 +116,3 @@ def item_block(market: Market, slots: Int64, layout: SourceLayout) -> FeatureBlo
             "price_quality_age": np.stack([market.price_M[slots], market.quality_seen_M[slots], age_N], axis=1),
         },
     )
-
-
-def fill(layout: SourceLayout, rows: int, values: Mapping[str, NDArray[np.generic]]) -> FeatureBlock:
-    """Arrays by slot name (one row an entity) put where the layout wants them.
-
-    A slot that ``values`` lacks, and a value that the layout lacks, are errors: a silent zero would be learned from.
-    """
-    wanted = {slot.name for slot in (*layout.ids, *layout.dense)}
-    if wanted != set(values):
-        odd = ", ".join(sorted(wanted ^ set(values)))
-        raise ValueError(f"the {layout.source} features of the schema and of the market differ in: {odd}")
-    block = zero_block(layout, rows)
-    for slots, array in ((layout.ids, block.ids_NS), (layout.dense, block.dense_ND)):
-        for slot in slots:
-            array[:, slot.start : slot.stop] = np.asarray(values[slot.name]).reshape(rows, slot.width)
-    return block

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from esmm.features import FeatureSchema
+from stream_scorer.core.errors import ConfigurationError
+from stream_scorer.embedded.blocks import fill
 from stream_scorer.embedded.market import CATEGORIES, HISTORY, HOURS, Market, MarketPlan
 from stream_scorer.embedded.market_features import (
     ID_BUCKETS,
     MARKET_TOML,
-    fill,
     item_block,
     item_names,
     user_block,
@@ -144,7 +145,7 @@ def test_what_is_seen_tells_of_the_truth_but_not_all() -> None:
 
 def test_a_schema_that_differs_is_refused_by_name() -> None:
     layout = SCHEMA.layout("item")
-    with pytest.raises(ValueError, match="brand, colour"):
+    with pytest.raises(ConfigurationError, match="brand, colour"):
         fill(layout, 1, {name: np.ones(1) for name in ("item_id", "category", "colour", "price_quality_age")})
 
 
