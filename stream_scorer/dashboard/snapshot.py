@@ -93,7 +93,7 @@ class TruthPart:
 
 @dataclass(frozen=True, slots=True)
 class VersionPart:
-    """One model version, published and swapped in at these moments. ``logloss``: CTCVR's, progressive, when published."""
+    """One model version. ``logloss`` is CTCVR's, progressive, at the moment it was published."""
 
     version: int
     published_ms: int | None
