@@ -45,3 +45,26 @@ class Pending(NamedTuple):
 
     rows: int
     future: Future[Scores]
+
+
+class PrecisionError(NamedTuple):
+    """Fast against plain over a batch, in logits (relative where a logit is above one); pairs are (CTR, CTCVR).
+
+    ``logloss_excess``: expected rise of the logloss, in nats, if the plain probabilities are true. ``pcoc_ratio``:
+    what the calibration ratio is multiplied by.
+    """
+
+    rows: int
+    max_abs: float
+    mean_abs: float
+    bias: float
+    logloss_excess: tuple[float, float]
+    pcoc_ratio: tuple[float, float]
+
+
+class Served(NamedTuple):
+    """The precision a version is served in, its error where it was probed, and why it is not the one asked for."""
+
+    precision: Precision
+    error: PrecisionError | None
+    warning: str | None

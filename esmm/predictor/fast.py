@@ -15,7 +15,7 @@ import torch
 from esmm.batch import FeatureBlock, Float32, Int64, RankBatch, Scores, Source, zero_block
 from esmm.features import SOURCES
 from esmm.model import ESMM
-from esmm.predictor.config import Pending, PredictorConfig
+from esmm.predictor.config import Pending, PredictorConfig, Served
 from esmm.predictor.fold import fold
 from esmm.predictor.plain import scores_of
 from esmm.predictor.rows import EagerRows
@@ -44,6 +44,7 @@ class FastPredictor:
         self._version = version
         self._config = config
         self.stats = PredictorStats()
+        self.served = Served(config.precision, None, None)
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         self._folded = fold(self._model)
         self._table = PartTable(

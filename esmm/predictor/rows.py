@@ -96,15 +96,13 @@ _FUSED = {"relu": "relu", "sigmoid": "sigmoid", "linear": "none", "prelu": "leak
 
 
 def _pack(layer: Layer, dtype: torch.dtype) -> list[Tensor] | None:
-    """Weights in oneDNN's blocked layout, or None where this torch or processor cannot use it."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return None
-    ops = torch.ops.mkldnn
-    if not hasattr(ops, "_linear_pointwise") or not hasattr(ops, "_reorder_linear_weight"):
-        return None
+    """Weights in oneDNN's blocked layout, or None where this torch or processor cannot use it: asked by trying."""
     try:
+        ops = torch.ops.mkldnn
         packed = [ops._reorder_linear_weight(weight.to(dtype).contiguous(), CHUNK) for weight in layer.weight_2LK]  # noqa: SLF001
-    except RuntimeError:  # no such kernel for this type on this processor
+        one_1K, bias = layer.weight_2LK.new_zeros((1, layer.weight_2LK.shape[2]), dtype=dtype), layer.bias_2L[0]
+        ops._linear_pointwise(one_1K, packed[0], bias.to(dtype), "none", [], "")  # noqa: SLF001
+    except (RuntimeError, AttributeError):
         return None
     return packed
 
