@@ -149,13 +149,18 @@ def replay(
     config: Config = None,
     speed: Annotated[float, typer.Option(help="Log seconds a second; 0 is as fast as it goes.")] = 0.0,
     limit: Annotated[int, typer.Option(help="Stop after this many log rows; 0 is all.")] = 0,
+    candidates: Annotated[int, typer.Option(min=1, help="Items a request: the one shown, and others seen before.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    print_schema: Annotated[bool, typer.Option("--print-schema", help="Print the log's schema and stop.")] = False,
 ) -> None:
     """Turn a public log into features, score requests and feedback, and wait for the scores."""
-    settings = _settings(config)
-    from stream_scorer.wiring.replay import run_replay
+    from stream_scorer.wiring.replay import ReplayCommand, run_replay, schema_text
 
-    raise typer.Exit(run_replay(settings, dataset, path, speed, limit, as_json, _stop_on_signals()))
+    if print_schema:
+        typer.echo(schema_text(dataset), nl=False)
+        raise typer.Exit
+    command = ReplayCommand(dataset, path, speed, limit, candidates, as_json)
+    raise typer.Exit(run_replay(_settings(config), command, _stop_on_signals()))
 
 
 @app.command(epilog="Example: stream-scorer check --config stream-scorer.toml")

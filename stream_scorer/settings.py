@@ -63,6 +63,7 @@ class RedisSettings(_Section):
     """The feature store."""
 
     url: SecretStr = SecretStr("redis://localhost:6379/0")
+    prefix: str = Field("f", min_length=1, description="of every key")
     buckets: int = Field(
         64, ge=1, le=16384, description="hash-tag buckets a key falls into; fixed once features are written"
     )

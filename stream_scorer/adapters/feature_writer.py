@@ -12,7 +12,6 @@ from stream_scorer.adapters.redis_link import FAILURES, RedisConfig, open_client
 from stream_scorer.core.errors import ConfigurationError, RecoverableError
 from stream_scorer.core.packed import Entity, encode_records, entity_key
 
-META_KEY = "f:meta"  # a hash: buckets, schema:user, schema:item
 WRITE_TIMEOUT_S = 5.0
 CHUNK = 1_000
 
@@ -26,8 +25,8 @@ class FeatureWriter:
         self._layouts = layouts
         try:
             self._client: Any = open_client(config, WRITE_TIMEOUT_S)
-            self._client.hsetnx(META_KEY, "buckets", str(config.buckets))
-            _check_buckets(config, _meta(self._client))
+            self._client.hsetnx(config.meta_key, "buckets", str(config.buckets))
+            _check_buckets(config, _meta(self._client, config))
         except FAILURES as error:
             raise ConfigurationError(config.explain(error)) from None
         self._announced: set[Entity] = set()
@@ -42,12 +41,12 @@ class FeatureWriter:
         """
         if len(ids) != block.rows:
             raise ValueError(f"{len(ids)} ids for {block.rows} rows of {entity} features")
-        records = encode_records(self._layouts[entity], block, event_ms_N)
+        config, records = self._config, encode_records(self._layouts[entity], block, event_ms_N)
         try:
             self._announce(entity)
             for start in range(0, len(ids), CHUNK):
                 pairs = zip(ids[start : start + CHUNK], records[start : start + CHUNK], strict=True)
-                keyed = {entity_key(entity, id_, self._config.buckets): record for id_, record in pairs}
+                keyed = {entity_key(entity, id_, config.buckets, config.prefix): record for id_, record in pairs}
                 self._write_chunk(keyed, ttl_s)
         except FAILURES as error:
             raise RecoverableError(f"{entity} features were not written: {self._config.explain(error)}") from error
@@ -55,7 +54,7 @@ class FeatureWriter:
 
     def _announce(self, entity: Entity) -> None:
         if entity not in self._announced:
-            self._client.hset(META_KEY, f"schema:{entity}", f"{self._layouts[entity].hash:016x}")
+            self._client.hset(self._config.meta_key, f"schema:{entity}", f"{self._layouts[entity].hash:016x}")
             self._announced.add(entity)
 
     def _write_chunk(self, keyed: Mapping[str, bytes], ttl_s: float | None) -> None:
@@ -68,6 +67,16 @@ class FeatureWriter:
             pipeline.set(key, record, px=None if ttl_s is None else int(ttl_s * 1000))
         pipeline.execute()
 
+    def forget(self) -> int:
+        """Delete every key under the prefix, and say how many: for runs on a server that is somebody's."""
+        count = 0
+        try:
+            for key in self._client.scan_iter(match=f"{self._config.prefix}:*", count=CHUNK):
+                count += int(self._client.unlink(key))
+        except FAILURES as error:
+            raise RecoverableError(f"features were not deleted: {self._config.explain(error)}") from error
+        return count
+
     def close(self) -> None:
         """Hang up."""
         self._client.close()
@@ -78,15 +87,15 @@ def read_meta(config: RedisConfig) -> dict[str, str]:
     try:
         client = open_client(config, WRITE_TIMEOUT_S)
         try:
-            return _meta(client)
+            return _meta(client, config)
         finally:
             client.close()
     except FAILURES as error:
         raise ConfigurationError(config.explain(error)) from None
 
 
-def _meta(client: Any) -> dict[str, str]:
-    return {key.decode(): value.decode() for key, value in client.hgetall(META_KEY).items()}
+def _meta(client: Any, config: RedisConfig) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in client.hgetall(config.meta_key).items()}
 
 
 def check_meta(config: RedisConfig, meta: Mapping[str, str], layouts: Mapping[Entity, SourceLayout]) -> None:

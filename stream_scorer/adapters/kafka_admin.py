@@ -116,6 +116,22 @@ def create_topics(config: KafkaConfig, plan: TopicPlan, timeout_s: float) -> lis
     return created
 
 
+def delete_topics(config: KafkaConfig, names: Sequence[str], timeout_s: float) -> None:
+    """Delete topics that are there. `ConfigurationError`: as `connect`, or not allowed."""
+    admin = _Admin(config)
+    existing = _info(admin.metadata(timeout_s)).topics
+    present = [name for name in names if name in existing]
+    if not present:
+        return
+    for name, future in admin.client.delete_topics(present, operation_timeout=timeout_s).items():
+        try:
+            future.result(timeout_s + ATTEMPT_S)
+        except KafkaException as error:
+            problem = first_error(error)
+            if problem.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise ConfigurationError(f"topic {name!r} was not deleted: {config.explain(problem)}") from None
+
+
 def _created(config: KafkaConfig, name: str, future: Future[None], timeout_s: float) -> bool:
     try:
         future.result(timeout_s + ATTEMPT_S)

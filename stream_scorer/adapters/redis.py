@@ -42,7 +42,7 @@ class RedisFeatures:
         self._metrics = metrics
         self._defaults = {kind: zero_block(layout, 1) for kind, layout in layouts.items()} | dict(defaults or {})
         self._cache = ItemCache(layouts["item"], config.cache_items, config.cache_ttl_s)
-        self._tags = {kind: key_prefixes(kind, config.buckets) for kind in layouts}
+        self._tags = {kind: key_prefixes(kind, config) for kind in layouts}
         self._no_fetch = {kind: layout.id_width + layout.dense_width == 0 for kind, layout in layouts.items()}
 
     def verify(self) -> None:
@@ -158,9 +158,9 @@ class RedisFeatures:
         self._link.close()
 
 
-def key_prefixes(kind: Entity, buckets: int) -> list[str]:
+def key_prefixes(kind: Entity, config: RedisConfig) -> list[str]:
     """The start of a key for each hash-tag bucket: all of `stream_scorer.core.packed.entity_key` but the id."""
-    return [f"f:{{{kind[0]}{bucket}}}:" for bucket in range(buckets)]
+    return [f"{config.prefix}:{{{kind[0]}{bucket}}}:" for bucket in range(config.buckets)]
 
 
 def keys_of(prefixes: Sequence[str], ids: Sequence[str]) -> list[str]:

@@ -32,12 +32,18 @@ class RedisConfig:
     """Where features are and how long a batch may wait for them. ``url`` holds a password: it is never shown."""
 
     url: str = field(repr=False)
+    prefix: str = "f"  # of every key
     buckets: int = 64  # hash-tag buckets a key falls into
     budget_s: float = 0.05
     cache_items: int = 100_000
     cache_ttl_s: float = 30.0
     stale_limit_s: float = 3_600.0
     connect_timeout_s: float = 0.25
+
+    @property
+    def meta_key(self) -> str:
+        """A hash that says how the features were written: buckets, schema:user, schema:item."""
+        return f"{self.prefix}:meta"
 
     @property
     def where(self) -> str:

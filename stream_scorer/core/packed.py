@@ -146,6 +146,6 @@ def bucket_of(id: str, buckets: int) -> int:  # noqa: A002  the field's word
     return zlib.crc32(id.encode()) % buckets
 
 
-def entity_key(kind: Entity, id: str, buckets: int) -> str:  # noqa: A002  the field's word
+def entity_key(kind: Entity, id: str, buckets: int, prefix: str = "f") -> str:  # noqa: A002  the field's word
     """Redis key ``f:{i<bucket>}:<id>`` for an item, ``f:{u<bucket>}:<id>`` for a user."""
-    return f"f:{{{kind[0]}{bucket_of(id, buckets)}}}:{id}"
+    return f"{prefix}:{{{kind[0]}{bucket_of(id, buckets)}}}:{id}"

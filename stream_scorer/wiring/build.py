@@ -1,0 +1,240 @@
+"""Settings -> adapters: one small function a part, so that every command builds the same thing the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from esmm.batch import SourceLayout
+from esmm.checkpoint import CheckpointError, load_version, probe, save_version
+from esmm.delay import Method, method_named
+from esmm.features import FeatureSchema
+from esmm.learner import Evaluator, Learner, LearnerConfig
+from esmm.model import ESMM
+from esmm.optim import RowRule
+from esmm.predictor.config import PredictorConfig
+from esmm.predictor.fast import FastPredictor
+from stream_scorer import __version__
+from stream_scorer.adapters.kafka_admin import check_topics
+from stream_scorer.adapters.kafka_config import KafkaConfig
+from stream_scorer.adapters.redis_link import RedisConfig
+from stream_scorer.core.codec import RequestLimits
+from stream_scorer.core.errors import ConfigurationError, ModelRefused
+from stream_scorer.core.gate import GatePolicy
+from stream_scorer.core.join_entry import JoinPolicy
+from stream_scorer.core.output import OutputPolicy
+from stream_scorer.core.packed import Entity
+from stream_scorer.core.rejects import StormPolicy
+from stream_scorer.core.scoreboard import ScoreboardPolicy
+from stream_scorer.core.served import ServedLayout
+from stream_scorer.core.watermark import WatermarkPolicy
+from stream_scorer.ports import Predictor, VersionInfo
+from stream_scorer.scorer import ScorerPolicy
+from stream_scorer.settings import Settings
+from stream_scorer.trainer import TrainerPolicy
+
+
+def kafka_config(settings: Settings) -> KafkaConfig:
+    """How every client reaches Kafka."""
+    kafka = settings.kafka
+    return KafkaConfig(
+        bootstrap=kafka.bootstrap,
+        security_protocol=kafka.security_protocol,
+        username=kafka.username,
+        password=kafka.password.get_secret_value(),
+        sasl_mechanism=kafka.sasl_mechanism,
+        ca_file=kafka.ca_file,
+        options=kafka.options,
+        group_protocol=kafka.group_protocol,
+        session_timeout_ms=kafka.session_timeout_ms,
+        max_poll_interval_ms=kafka.max_poll_interval_ms,
+        fetch_wait_ms=kafka.fetch_wait_ms,
+        delivery_timeout_s=kafka.delivery_timeout_s,
+    )
+
+
+def all_topics(settings: Settings) -> list[str]:
+    """The five topics."""
+    topics = settings.kafka.topics
+    return [topics.requests, topics.scores, topics.served, topics.feedback, topics.rejects]
+
+
+def require_topics(settings: Settings, names: Sequence[str]) -> None:
+    """`ConfigurationError` when Kafka is not reachable or lacks one of ``names``."""
+    check_topics(kafka_config(settings), names, settings.kafka.connect_timeout_s)
+
+
+def load_schema(settings: Settings) -> FeatureSchema:
+    """The feature schema file; `ConfigurationError` says what is wrong with it."""
+    path = Path(settings.model.schema_file)
+    try:
+        return FeatureSchema.from_toml(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"feature schema {path} does not exist: write one (deploy/features.toml is an example) "
+            "and name it in model.schema_file"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"feature schema {path}: {error}") from error
+
+
+def redis_config(settings: Settings) -> RedisConfig:
+    """How features are reached."""
+    redis = settings.redis
+    return RedisConfig(
+        url=redis.url.get_secret_value(),
+        prefix=redis.prefix,
+        buckets=redis.buckets,
+        budget_s=redis.budget_ms / 1000,
+        cache_items=redis.cache_items,
+        cache_ttl_s=redis.cache_ttl_s,
+        stale_limit_s=redis.stale_limit_s,
+    )
+
+
+def entity_layouts(schema: FeatureSchema) -> dict[Entity, SourceLayout]:
+    """The layouts of what the feature store holds."""
+    return {"user": schema.layout("user"), "item": schema.layout("item")}
+
+
+def predictor_config(settings: Settings) -> PredictorConfig:
+    """How every version is run."""
+    scorer = settings.scorer
+    return PredictorConfig(
+        precision=scorer.precision,
+        threads=scorer.threads,
+        compile=scorer.compile,
+        device=scorer.device,
+        cache_items=settings.redis.cache_items,
+    )
+
+
+def loader(schema: FeatureSchema, config: PredictorConfig) -> Callable[[VersionInfo], Predictor]:
+    """What the watcher calls: verify, probe, build and warm a version, or raise `ModelRefused`."""
+
+    def load(info: VersionInfo) -> Predictor:
+        try:
+            loaded = load_version(info.path, schema.hash)
+            probe(loaded)
+            predictor = FastPredictor(loaded.model, info.version, config)
+            predictor.warm()
+        except CheckpointError as error:
+            raise ModelRefused(info.version, error.reason, error.detail) from error
+        return predictor
+
+    return load
+
+
+def served_layout(schema: FeatureSchema) -> ServedLayout:
+    """What scorer and trainer agree on."""
+    return ServedLayout(schema.layout("user"), schema.layout("item"), schema.layout("context"), schema.hash)
+
+
+def scorer_policy(settings: Settings, schema: FeatureSchema) -> ScorerPolicy:
+    """The scoring loop's plain values."""
+    scorer, topics = settings.scorer, settings.kafka.topics
+    output = OutputPolicy(
+        scores_topic=topics.scores,
+        rejects_topic=topics.rejects,
+        served_topic=topics.served if scorer.served else None,
+        layout=served_layout(schema),
+        served_top_k=scorer.served_top_k,
+        served_dtype=scorer.served_dtype,
+        code_version=__version__,
+    )
+    return ScorerPolicy(
+        limits=RequestLimits(schema.layout("context"), scorer.max_bytes, scorer.max_items),
+        output=output,
+        max_rows=scorer.max_rows,
+        linger_s=scorer.linger_ms / 1000,
+        fetch_budget_s=settings.redis.budget_ms / 1000,
+        on_outage=settings.redis.on_outage,
+        storm=StormPolicy(scorer.reject_storm_share, scorer.reject_storm_window),
+        drain_timeout_s=scorer.drain_timeout_s,
+    )
+
+
+def learner(settings: Settings, schema: FeatureSchema) -> Learner:
+    """A fresh model with its optimisers; a checkpoint replaces its weights. `ConfigurationError` for a bad method."""
+    model, trainer = settings.model, settings.trainer
+    esmm = ESMM(
+        schema,
+        tower_dnn_hidden_units=model.tower_hidden_units,
+        l2_reg_embedding=model.l2_embedding,
+        l2_reg_dnn=model.l2_dense,
+        init_std=model.init_std,
+        seed=model.seed,
+    )
+    config = LearnerConfig(
+        method=trainer.method,
+        learning_rate=trainer.learning_rate,
+        l2_dense=model.l2_dense,
+        embedding=RowRule(learning_rate=trainer.embedding_learning_rate, l2=model.l2_embedding),
+        seed=model.seed,
+        threads=trainer.threads,
+    )
+    method_of(settings)
+    return Learner(esmm, config, save_version)
+
+
+def method_of(settings: Settings) -> Method:
+    """The delayed-feedback method; `ConfigurationError` when there is none of that name."""
+    try:
+        return method_named(settings.trainer.method)
+    except ValueError as error:
+        raise ConfigurationError(f"setting 'trainer.method' is wrong: {error}") from error
+
+
+def judge_of(schema: FeatureSchema) -> Callable[[VersionInfo], Evaluator]:
+    """Open a published version for the gate; raises `ModelRefused`."""
+
+    def open_version(info: VersionInfo) -> Evaluator:
+        try:
+            loaded = load_version(info.path, schema.hash)
+        except CheckpointError as error:
+            raise ModelRefused(info.version, error.reason, error.detail) from error
+        return Evaluator(loaded.model, loaded.manifest.get("ctcvr_correction") == "odds")
+
+    return open_version
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def trainer_policy(settings: Settings, schema: FeatureSchema) -> TrainerPolicy:
+    """The training loop's plain values."""
+    trainer, topics = settings.trainer, settings.kafka.topics
+    low, high = trainer.gate_pcoc
+    try:
+        join = JoinPolicy(
+            click_window_ms=_ms(trainer.click_window_s),
+            observation_window_ms=_ms(trainer.observation_window_s),
+            attribution_window_ms=_ms(trainer.attribution_window_s),
+            served_ttl_ms=_ms(trainer.served_ttl_s),
+            held_ttl_ms=_ms(trainer.served_ttl_s),
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"settings [trainer]: {error}") from error
+    return TrainerPolicy(
+        served_topic=topics.served,
+        feedback_topic=topics.feedback,
+        rejects_topic=topics.rejects,
+        layout=served_layout(schema),
+        join=join,
+        watermark=WatermarkPolicy(lateness_ms=_ms(trainer.lateness_s)),
+        scoreboard=ScoreboardPolicy(
+            first_rows=min(2_000, trainer.window_examples),
+            window_rows=trainer.window_examples,
+            cohort_ms=max(1_000, _ms(trainer.observation_window_s)),
+            mature_ms=_ms(trainer.attribution_window_s),
+        ),
+        gate=GatePolicy(trainer.gate_logloss_margin, low, high, trainer.gate_min_examples),
+        batch_rows=trainer.batch_rows,
+        max_wait_ms=_ms(trainer.max_wait_s),
+        publish_every_s=trainer.publish_every_s,
+        publish_every_examples=trainer.publish_every_examples,
+        checkpoint_every_s=trainer.checkpoint_every_s,
+        keep_versions=settings.model.keep_versions,
+        code_version=__version__,
+    )
