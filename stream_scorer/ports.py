@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from numpy.typing import NDArray
+
 from esmm.batch import Examples, Float32, RankBatch, Scores, StepStats
 from stream_scorer.core.deadline import Deadline
+from stream_scorer.core.join_entry import JoinStore
 from stream_scorer.core.metric_names import Metric
 from stream_scorer.core.records import (
     CommitResult,
@@ -202,6 +205,56 @@ class ModelStore(Protocol):
 
     def prune(self, keep: int) -> list[int]:
         """Delete all but the newest ``keep`` versions and the current one; says which went."""
+        ...
+
+
+class Judge(Protocol):
+    """A published version, to compare a candidate with."""
+
+    def predict(self, examples: Examples) -> tuple[Float32, Float32]:
+        """Give pCTR and pCTCVR of every row, as a scorer would publish them."""
+        ...
+
+
+class JoinState(JoinStore, Protocol):
+    """Where the join keeps what it remembers, and how that is saved. All of it belongs to one thread."""
+
+    def __len__(self) -> int:
+        """Requests held."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write everything into an existing, empty directory."""
+        ...
+
+    def restore(self, directory: Path) -> None:
+        """Take over what `save` wrote, in place of what is held; ValueError says what is wrong with it."""
+        ...
+
+    def close(self) -> None:
+        """Release files and memory."""
+        ...
+
+
+class SavedCheckpoint(NamedTuple):
+    """A checkpoint that was verified: JSON data, arrays, and the directory with the parts' own files."""
+
+    path: Path
+    state: Mapping[str, Any]
+    arrays: Mapping[str, NDArray[Any]]
+
+
+class Checkpoints(Protocol):
+    """The trainer's own restart points: each appears whole or not at all."""
+
+    def save(
+        self, write: Callable[[Path], None], state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+    ) -> int:
+        """``write`` fills a directory with its own files; with ``state`` and ``arrays`` it appears as the next number."""
+        ...
+
+    def restore(self, read: Callable[[SavedCheckpoint], None]) -> int | None:
+        """``read`` takes the newest good one over; one it raises ValueError for is refused. None when there is none."""
         ...
 
 

@@ -1,8 +1,8 @@
-"""The trainer's checkpoints as directories (`stream_scorer.ports.Checkpoints`): ``<n>/`` and a pointer file ``current``.
+"""The trainer's checkpoints as directories (`stream_scorer.ports.Checkpoints`): ``<n>/`` and a pointer ``current``.
 
-A checkpoint appears whole or not at all: written under a temporary name, fsynced, renamed, then the pointer. Its manifest
-is written last and lists every file with size and SHA-256 (RocksDB's own tables carry their own checksums), so a torn one
-is known. The newest that is whole and readable is restored; what was refused is said and left where it is.
+A checkpoint appears whole or not at all: written under a temporary name, fsynced, renamed, then the pointer. Its
+manifest is written last and lists every file with size and SHA-256 (RocksDB's own tables carry their own checksums), so
+a torn one is known. The newest that is whole and readable is restored; what was refused is said and left where it is.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ class DirectoryCheckpoints:
             raise ConfigurationError(
                 f"checkpoint directory {root}: {error.strerror}: set trainer.checkpoint_dir to a directory"
             ) from None
+        for left in root.glob(".tmp-*"):  # by a process that was killed while writing
+            shutil.rmtree(left, ignore_errors=True)
 
     def save(self, write: Callable[[Path], None], state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> int:
-        """``write`` fills a directory with its own files; it appears with ``state`` and ``arrays`` as the next number."""
+        """See `stream_scorer.ports.Checkpoints`."""
         number = max(self._numbers(), default=0) + 1
         temporary = self._root / f".tmp-{number}-{secrets.token_hex(8)}"
         temporary.mkdir()
@@ -74,7 +76,7 @@ class DirectoryCheckpoints:
         return number
 
     def restore(self, read: Callable[[SavedCheckpoint], None]) -> int | None:
-        """``read`` takes the newest good checkpoint over; None when there is none at all.
+        """See `stream_scorer.ports.Checkpoints`.
 
         A checkpoint that is torn, of another format, or that ``read`` raises ValueError for is refused: that is logged
         and the one before is tried. `ConfigurationError` when all are refused: starting from nothing must be a choice.
@@ -95,7 +97,7 @@ class DirectoryCheckpoints:
         return None
 
     def _numbers(self) -> list[int]:
-        """All checkpoints up to the pointer's, ascending (after a crash between rename and pointer, that one too)."""
+        """All checkpoints, ascending."""
         return sorted(int(entry.name) for entry in os.scandir(self._root) if _NAME.fullmatch(entry.name))
 
     def _path(self, number: int) -> Path:

@@ -3,7 +3,7 @@
 Slices: ``ctr`` on recent first emissions (the click label is final there), and ``cvr`` = CTCVR / CTR on recently
 matured clicks (their conversion label is final). CTCVR on fresh rows does not decide: its labels lack the late
 conversions, so a model that under-predicts would look better on them. AUC does not decide either: a loss that counts
-positives twice gains AUC. What decides is logloss, calibration (PCOC), finiteness and the distance of the parameters.
+positives twice gains AUC. What decides is logloss, calibration (PCOC), finiteness, and how far predictions moved.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GatePolicy:
     pcoc_max: float = 2.0
     min_examples: int = 200  # first emissions needed to judge at all; as many matured clicks to judge cvr
     min_positives: int = 20  # fewer say too little about PCOC
-    max_distance: float = math.inf  # of the parameters from the live ones, relative L2
+    max_distance: float = 6.0  # mean |logit difference| from the live model: a step this large is no learning
 
 
 class Judged(NamedTuple):
@@ -82,6 +82,19 @@ def verdicts(
 def cvr_of(ctr_B: Float32, ctcvr_B: Float32) -> Float32:
     """CTCVR / CTR, in [0, 1]."""
     out: Float32 = np.minimum(ctcvr_B / np.maximum(ctr_B, TINY), 1.0).astype(np.float32)
+    return out
+
+
+def gap(before_B: Float32, after_B: Float32) -> float:
+    """Mean |logit difference| of two models' probabilities for the same rows; 0 without rows, nan when not finite."""
+    if not len(before_B):
+        return 0.0
+    return float(np.abs(_logit(after_B) - _logit(before_B)).mean())
+
+
+def _logit(p_B: Float32) -> NDArray[np.float64]:
+    clipped_B = np.clip(p_B.astype(np.float64), TINY, 1 - TINY)
+    out: NDArray[np.float64] = np.log(clipped_B) - np.log1p(-clipped_B)
     return out
 
 

@@ -83,6 +83,11 @@ class Joiner:
         for name in _COUNTS:
             setattr(self, name, state[name])
 
+    @property
+    def emitted(self) -> int:
+        """Rows that `take` would give."""
+        return len(self._out)
+
     def take(self) -> list[Emission]:
         """Everything emitted since the last call, in order."""
         out, self._out = self._out, []

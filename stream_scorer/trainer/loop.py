@@ -1,0 +1,422 @@
+"""The training loop: poll, merge, decode, join, learn; publish through the gate; checkpoint, then commit.
+
+Guided tour: `core/merge.py` (one order for all partitions), `core/join.py` (what becomes of an event), `step` here.
+
+What is exact: weights are a function of the checkpoint and of the order in which records are taken, and that order is a
+function of the topics' content (see `core/merge.py`). A step has a fixed number of rows, or ends when *record* time has
+moved on by ``max_wait_ms``: nothing that changes weights reads a clock while there is anything to read. Only when all
+partitions are at their end, and stay so for ``max_wait_ms``, does the clock move event time and end a step early.
+
+One trainer owns all partitions of ``served`` and ``feedback``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import structlog
+
+from esmm.batch import Examples, Kind, StepStats
+from stream_scorer.core import metric_names as names
+from stream_scorer.core.codec import decode_feedback
+from stream_scorer.core.deadline import Deadline
+from stream_scorer.core.drift import DriftAlarm, DriftPolicy
+from stream_scorer.core.errors import FatalError
+from stream_scorer.core.gate import GatePolicy
+from stream_scorer.core.join import Joiner
+from stream_scorer.core.join_entry import JoinPolicy
+from stream_scorer.core.merge import Merge
+from stream_scorer.core.pending import Pending, from_arrays, to_arrays
+from stream_scorer.core.records import Record, TopicPartition
+from stream_scorer.core.rejects import Reject, reject_record
+from stream_scorer.core.scoreboard import Scoreboard, ScoreboardPolicy
+from stream_scorer.core.served import ServedLayout, decode_served
+from stream_scorer.core.trainer_stats import TrainerStats, TrainerTally
+from stream_scorer.core.watermark import BEGINNING, Watermark, WatermarkPolicy
+from stream_scorer.ports import SavedCheckpoint
+from stream_scorer.trainer.ports import TrainerPorts
+from stream_scorer.trainer.publisher import Publisher
+
+_log = structlog.get_logger("stream_scorer.trainer")
+
+STATS_EVERY_S = 1.0
+LOGGED_REJECTS = 10  # the first ones are logged, then one in a thousand
+
+
+class StopSignal(Protocol):
+    """A `threading.Event`, as far as the loop is concerned."""
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainerPolicy:
+    """How to learn and when to publish."""
+
+    served_topic: str
+    feedback_topic: str
+    rejects_topic: str
+    layout: ServedLayout
+    join: JoinPolicy = field(default_factory=JoinPolicy)
+    watermark: WatermarkPolicy = field(default_factory=WatermarkPolicy)
+    scoreboard: ScoreboardPolicy = field(default_factory=ScoreboardPolicy)
+    gate: GatePolicy = field(default_factory=GatePolicy)
+    drift: DriftPolicy = field(default_factory=DriftPolicy)
+    batch_rows: int = 512
+    max_wait_ms: int = 1_000  # of record time; of the clock when there is nothing to read
+    max_records: int = 2_000  # a turn
+    linger_s: float = 0.002
+    idle_wait_s: float = 0.1
+    merge_idle_s: float = 1.0  # an empty partition is waited for this long while there is something to read ..
+    merge_records: int = 100_000  # .. unless this many are waiting
+    publish_every_s: float = 60.0
+    publish_every_examples: int = 0  # 0: only by time
+    checkpoint_every_s: float = 60.0
+    gate_rows: int = 4_000  # recent first emissions, and as many matured clicks, that the gate looks at
+    keep_versions: int = 10
+    drain_timeout_s: float = 10.0
+    code_version: str = ""
+
+
+class Trainer:
+    """Learns until told to stop. Also the source's rebalance listener."""
+
+    def __init__(self, ports: TrainerPorts, policy: TrainerPolicy) -> None:
+        self._ports = ports
+        self._policy = policy
+        self._joiner = Joiner(policy.join, ports.join_state, Watermark(policy.watermark))
+        self._merge = Merge(policy.merge_idle_s, policy.merge_records)
+        self._pending = Pending()
+        self._board = Scoreboard(ports.stats_kind, policy.scoreboard)
+        self._drift = DriftAlarm(policy.drift)
+        self._publisher = Publisher(ports, policy.gate, policy.gate_rows, policy.keep_versions)
+        self._tally = TrainerTally()
+        self._stats = TrainerStats()
+        self._told: Counter[str] = Counter()  # join outcomes that metrics know of
+        self._next: dict[TopicPartition, int] = {}  # offset after the last record taken
+        self._rewind: dict[TopicPartition, int] = {}  # assigned since the last poll: where to read on
+        self._pending_since_ms = 0  # record time when the oldest row began to wait
+        self._unpublished = 0  # rows learned
+        self._unsaved = False
+        self._reject_error: object | None = None
+        self._started = False
+        self._heard_s = self._published_s = self._saved_s = 0.0
+        self._stats_s = float("-inf")
+
+    # The loop
+
+    def run(self, stop: StopSignal) -> None:
+        """Learn until ``stop`` is set, then drain. Raises FatalError when a promise cannot be kept."""
+        self.start()
+        while not stop.is_set():
+            self.step()
+        if not self.drain(Deadline.after(self._policy.drain_timeout_s, self._ports.clock.monotonic_s)):
+            raise FatalError("rejects were not acknowledged in time; nothing was committed since the last checkpoint")
+
+    def start(self) -> None:
+        """Restore the newest good checkpoint, publish a first version into an empty store, join the group."""
+        if self._started:
+            return
+        self._started = True
+        number = self._ports.checkpoints.restore(self._restore)
+        if number is not None:
+            _log.info("restored from a checkpoint", checkpoint=number, steps=self._tally.steps)
+        self._heard_s = self._published_s = self._saved_s = self._ports.clock.monotonic_s()
+        self._publisher.publish_first(self._facts)
+        self._ports.source.subscribe(self)
+
+    def step(self) -> int:
+        """One turn; how many records it took."""
+        self.start()
+        caught_up = self._read()
+        now_s = self._ports.clock.monotonic_s()
+        records = self._merge.take(self._policy.max_records, now_s, caught_up)
+        for record in records:
+            self._take(record)
+        if records or len(self._merge) or not caught_up:
+            self._heard_s = now_s
+        else:
+            self._quiet(now_s)
+        self._ports.sink.poll()
+        self._housekeeping(now_s)
+        return len(records)
+
+    def drain(self, deadline: Deadline) -> bool:
+        """Checkpoint and commit. Rows waiting for a full step wait in the checkpoint: stopping changes no weights."""
+        done = self._ports.sink.flush(deadline)
+        if done:
+            self._checkpoint()
+        self._refresh_stats(self._ports.clock.monotonic_s())
+        return done
+
+    def stats(self) -> TrainerStats:
+        """A snapshot, a second old at most; may be asked for from another thread."""
+        return self._stats
+
+    @property
+    def ready(self) -> bool:
+        """The checkpoint is restored and the group is being joined."""
+        return self._started
+
+    # Reading
+
+    def _read(self) -> bool:
+        """Poll into the merge; says whether nothing is left to read."""
+        source, policy = self._ports.source, self._policy
+        waiting = len(self._merge)
+        if waiting < policy.merge_records:
+            wait_s = policy.idle_wait_s if waiting < policy.max_records else 0.0
+            records = source.poll(policy.max_records, wait_s, policy.linger_s)
+            if self._rewind:  # what this poll returned of partitions just assigned comes again from where we want it
+                source.seek(self._rewind)
+                records = [r for r in records if r.position.topic_partition not in self._rewind]
+                self._rewind = {}
+            self._merge.push(records, self._ports.clock.monotonic_s())
+        return source.lag() == 0
+
+    def _take(self, record: Record) -> None:
+        """One record through the join; learn when enough rows have come of it."""
+        where = record.position.topic_partition
+        if record.position.offset < self._next.get(where, 0):
+            return  # read again after a rebalance
+        self._next[where] = record.position.offset + 1
+        self._unsaved = True
+        if where.topic == self._policy.served_topic:
+            self._take_served(record, where)
+        else:
+            self._take_feedback(record, where)
+        self._collect(record.timestamp_ms)
+
+    def _take_served(self, record: Record, where: TopicPartition) -> None:
+        served = decode_served(record, self._policy.layout)
+        if isinstance(served, Reject):
+            self._reject(served)
+            return
+        self._tally.served += 1
+        self._joiner.served(served, where, record.timestamp_ms)
+
+    def _take_feedback(self, record: Record, where: TopicPartition) -> None:
+        event = decode_feedback(record)
+        if isinstance(event, Reject):
+            self._reject(event)
+            return
+        self._tally.feedback += 1
+        self._joiner.feedback(event, where, record.timestamp_ms)
+
+    def _reject(self, reject: Reject) -> None:
+        self._tally.rejected += 1
+        self._ports.metrics.inc(names.TRAINER_REJECTED, reason=reject.reason)
+        if self._tally.rejected <= LOGGED_REJECTS or self._tally.rejected % 1_000 == 0:
+            _log.warning("message rejected", reason=reject.reason, detail=reject.detail, at=reject.record.position)
+        out = reject_record(reject, self._policy.rejects_topic, self._policy.code_version)
+        self._ports.sink.send(out, self._on_reject_sent)
+
+    def _on_reject_sent(self, error: object | None, _: object) -> None:
+        self._reject_error = error or self._reject_error
+
+    def _quiet(self, now_s: float) -> None:
+        """Nothing to read anywhere: event time goes on as the clock does, so that what is due becomes due."""
+        silent_ms = int((now_s - self._heard_s) * 1_000)
+        newest_ms = self._joiner.watermark.newest_ms
+        if silent_ms < self._policy.max_wait_ms:
+            return
+        if newest_ms != BEGINNING:
+            self._joiner.advance(newest_ms + silent_ms)
+            self._pending.extend(self._joiner.take(), self._joiner.watermark.value_ms)
+        while self._pending.rows:
+            self._learn(self._pending.take(min(self._pending.rows, self._policy.batch_rows)))
+
+    # Learning
+
+    def _collect(self, record_ms: int) -> None:
+        """Take what the join emitted; learn full steps, and a smaller one when its oldest row has waited enough."""
+        pending, rows = self._pending, self._policy.batch_rows
+        if self._joiner.emitted:
+            if not pending.rows:
+                self._pending_since_ms = record_ms
+            pending.extend(self._joiner.take(), self._joiner.watermark.value_ms)
+            while pending.rows >= rows:
+                self._learn(pending.take(rows))
+                self._pending_since_ms = record_ms
+        if pending.rows and record_ms - self._pending_since_ms >= self._policy.max_wait_ms:
+            self._learn(pending.take(pending.rows))
+
+    def _learn(self, examples: Examples) -> None:
+        self._unsaved = True
+        was = self._drift.reason
+        verdict = self._drift.check(examples)
+        if self._drift.reason != was:
+            _log.warning("input alarm", on=not verdict.learn, reason=verdict.reason or was, detail=verdict.detail)
+        if not verdict.learn:
+            self._tally.skipped += examples.rows
+            self._ports.metrics.inc(names.EXAMPLES, examples.rows, kind="skipped")
+            return
+        started = self._ports.clock.monotonic_s()
+        stats = self._ports.learner.step(examples)
+        self._ports.metrics.observe(names.STEP_SECONDS, self._ports.clock.monotonic_s() - started)
+        self._account(examples, stats)
+
+    def _account(self, examples: Examples, stats: StepStats) -> None:
+        tally = self._tally
+        tally.steps += 1
+        if not stats.finite:
+            tally.refused_steps += 1
+            _log.error("a step was refused: its loss or gradient is not finite", rows=examples.rows)
+            return
+        self._unpublished += examples.rows
+        rows_of = np.bincount(examples.kind_B, minlength=len(Kind)).tolist()
+        tally.first += rows_of[Kind.FIRST]
+        tally.late_conversion += rows_of[Kind.LATE_CONVERSION]
+        tally.matured += rows_of[Kind.MATURED]
+        for kind in Kind:
+            self._ports.metrics.inc(names.EXAMPLES, rows_of[kind], kind=kind.name.lower())
+        self._board.add(examples, stats.ctr_B, stats.ctcvr_B)
+        self._board.advance(self._pending.settled_ms)
+        self._publisher.add(examples)
+
+    # Publishing and restarting
+
+    def _housekeeping(self, now_s: float) -> None:
+        policy = self._policy
+        by_time = now_s - self._published_s >= policy.publish_every_s
+        by_count = 0 < policy.publish_every_examples <= self._unpublished
+        if (by_time or by_count) and self._unpublished:
+            self._published_s, self._unpublished = now_s, 0
+            decision = self._publisher.offer(self._facts)
+            if decision is not None and decision.reason == "nonfinite":
+                self._heal()
+        if self._unsaved and now_s - self._saved_s >= policy.checkpoint_every_s:
+            self._checkpoint()
+        if now_s - self._stats_s >= STATS_EVERY_S:
+            self._refresh_stats(now_s)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a version's manifest says of how it came about."""
+        offsets = {f"{where.topic}/{where.partition}": offset for where, offset in sorted(self._next.items())}
+        return {"offsets": offsets, "examples": self._tally.examples, "metrics": self._board.summary()}
+
+    def _heal(self) -> None:
+        """The weights are not finite: go back to the last checkpoint's, and learn on from what comes next."""
+        _log.error("the learner's weights are not finite: going back to the last checkpoint's")
+        learner = self._ports.learner
+        if self._ports.checkpoints.restore(lambda saved: learner.restore(saved.path / "learner")) is None:
+            raise FatalError("the learner's weights are not finite and there is no checkpoint to go back to")
+
+    def _checkpoint(self) -> None:
+        """Everything that a restart needs, at once; only then the offsets it has seen."""
+        ports = self._ports
+        if not self._unsaved:
+            return
+        if not ports.sink.flush(Deadline.after(self._policy.drain_timeout_s, ports.clock.monotonic_s)):
+            raise FatalError("rejects were not acknowledged in time")
+        if self._reject_error is not None:
+            raise FatalError(f"a reject could not be written: {self._reject_error}")
+        self._tally.checkpoints += 1
+        arrays = to_arrays("pending", self._pending.snapshot()) | self._publisher.arrays()
+        ports.checkpoints.save(self._write_parts, self._state(), arrays)
+        self._unsaved, self._saved_s = False, ports.clock.monotonic_s()
+        ports.metrics.inc(names.CHECKPOINTS)
+        result = ports.source.commit(self._next)
+        if not result.committed:
+            _log.warning("offsets not committed; a restart goes by the checkpoint all the same", error=result.error)
+
+    def _write_parts(self, directory: Path) -> None:
+        for name, save in (("learner", self._ports.learner.save), ("join", self._ports.join_state.save)):
+            (directory / name).mkdir()
+            save(directory / name)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "offsets": [[*where, offset] for where, offset in sorted(self._next.items())],
+            "joiner": self._joiner.state(),
+            "merge": self._merge.state(),
+            "board": self._board.to_dict(),
+            "drift": self._drift.state(),
+            "publisher": self._publisher.state(),
+            "tally": asdict(self._tally),
+            "pending_since_ms": self._pending_since_ms,
+            "unpublished": self._unpublished,
+        }
+
+    def _restore(self, saved: SavedCheckpoint) -> None:
+        state: Mapping[str, Any] = saved.state
+        self._ports.learner.restore(saved.path / "learner")
+        self._ports.join_state.restore(saved.path / "join")
+        self._next = {TopicPartition(topic, number): offset for topic, number, offset in state["offsets"]}
+        self._joiner.restore(state["joiner"])
+        self._merge.restore(state["merge"])
+        self._board.load(state["board"])
+        self._drift.restore(state["drift"])
+        self._publisher.restore(state["publisher"], saved.arrays)
+        self._pending.restore(from_arrays("pending", saved.arrays), self._joiner.watermark.value_ms)
+        self._tally = TrainerTally(**state["tally"])
+        self._pending_since_ms, self._unpublished = state["pending_since_ms"], state["unpublished"]
+
+    # Rebalances, inside poll
+
+    def on_assign(self, partitions: Sequence[TopicPartition]) -> None:
+        """Read on where this trainer stands, whatever was committed."""
+        self._merge.assign(partitions, self._ports.clock.monotonic_s())
+        self._joiner.watermark.assign(partitions)
+        self._rewind |= {where: self._next[where] for where in partitions if where in self._next}
+
+    def on_revoke(self, partitions: Sequence[TopicPartition]) -> None:
+        """Checkpoint and commit while it is allowed; drop what was polled and not taken."""
+        self._checkpoint()
+        self.on_lost(partitions)
+
+    def on_lost(self, partitions: Sequence[TopicPartition]) -> None:
+        """Forget what was polled and not taken; it is read again by whoever comes next."""
+        self._merge.revoke(partitions)
+        self._joiner.watermark.revoke(partitions)
+        self._rewind = {where: at for where, at in self._rewind.items() if where not in partitions}
+
+    # Telling
+
+    def _refresh_stats(self, now_s: float) -> None:
+        self._stats_s = now_s
+        joiner, tally, published = self._joiner, self._tally, self._publisher.tally
+        newest_ms = joiner.watermark.newest_ms
+        self._stats = TrainerStats(
+            served=tally.served,
+            feedback=tally.feedback,
+            rejected=tally.rejected,
+            examples=tally.examples,
+            outcomes=dict(joiner.outcomes),
+            steps=tally.steps,
+            refused_steps=tally.refused_steps,
+            checkpoints=tally.checkpoints,
+            versions_published=published.versions_published,
+            version=published.version,
+            holds=dict(published.holds),
+            gate=dict(published.numbers),
+            alarm=self._drift.reason,
+            open_requests=len(self._ports.join_state),
+            open_impressions=joiner.open_impressions,
+            open_clicks=joiner.open_clicks,
+            watermark_lag_ms=0 if newest_ms == BEGINNING else max(0, newest_ms - joiner.watermark.value_ms),
+            lag=self._ports.source.lag() + len(self._merge),
+            progressive=self._board.progressive(),
+            **self._board.summary(),
+        )
+        self._tell_metrics(self._stats)
+
+    def _tell_metrics(self, stats: TrainerStats) -> None:
+        metrics = self._ports.metrics
+        for outcome, count in stats.outcomes.items():
+            metrics.inc(names.JOIN_OUTCOME, count - self._told[outcome], outcome=outcome)
+        self._told = Counter(stats.outcomes)
+        metrics.set(names.JOIN_OPEN, stats.open_requests, state="request")
+        metrics.set(names.JOIN_OPEN, stats.open_impressions, state="impression")
+        metrics.set(names.JOIN_OPEN, stats.open_clicks, state="click")
+        for task, measured in stats.progressive.items():
+            for measure, value in measured.items():
+                if value is not None:
+                    metrics.set(names.LEARNING, value, task=task, measure=measure)
