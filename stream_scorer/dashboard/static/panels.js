@@ -8,8 +8,11 @@ const around = (pad, floor, ceiling) => (_, min, max) => {
   const margin = Math.max((max - min) * 0.12, pad);
   return [Math.max(floor, min - margin), Math.min(ceiling, max + margin)];
 };
-const PCOC_TICKS = [0.1, 0.2, 0.5, 0.7, 1, 1.4, 2, 5, 10];
-const pcocRange = (_, min, max) => [Math.max(0.1, Math.min(0.6, (min ?? 1) / 1.1)), Math.min(10, Math.max(1.67, (max ?? 1) * 1.1))];
+// PCOC is a ratio: a log axis, from at most 0.6 to at least 1.67, wide enough for an untrained model's first values.
+const PCOC_COARSE = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100];
+const PCOC_FINE = [0.5, 0.7, 1, 1.4, 2, 3];
+const pcocRange = (_, min, max) => [Math.max(0.01, Math.min(0.6, (min ?? 1) / 1.1)), Math.min(200, Math.max(1.67, (max ?? 1) * 1.1))];
+const pcocTicks = (_, __, min, max) => (max / min < 8 ? PCOC_FINE : PCOC_COARSE).filter((x) => x >= min && x <= max);
 const three = fixed(3);
 const four = fixed(4);
 const plain = (x) => (x >= 1000 ? `${x / 1000}k` : `${Number(x.toPrecision(6))}`);
@@ -38,7 +41,7 @@ const SPECS = {
   },
   pcoc: {
     title: "Calibration (PCOC)", term: "pcoc", unit: "predicted / observed", range: pcocRange, reference: 1, log: true, tick: plain,
-    splits: (_, __, min, max) => PCOC_TICKS.filter((x) => x >= min && x <= max), empty: "Comes with the first labels\u2026",
+    splits: pcocTicks, empty: "Comes with the first labels\u2026",
     series: [{ name: "CTR", column: "ctrPcoc", color: "blue", format: fixed(2) }, { name: "CTCVR", column: "ctcvrPcoc", color: "orange", format: fixed(2) }],
   },
 };
