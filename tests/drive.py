@@ -48,11 +48,16 @@ class World:
         ports = ScorerPorts(self.source, self.sink, self.features, self.metrics, self.clock, self.mailbox)
         self.scorer = Scorer(ports, self.policy)
 
+    @property
+    def at_rest(self) -> bool:
+        """Everything that arrived was read, and what was read was sent."""
+        return self.source.exhausted and self.scorer._flying is None and not len(self.scorer._intake)
+
     def until_idle(self) -> None:
-        """Step until everything that arrived was read and what was read is on its way."""
+        """Step until `at_rest`."""
         for _ in range(MAX_STEPS):
             self.scorer.step()
-            if self.source.exhausted and self.scorer._flying is None and not len(self.scorer._intake):
+            if self.at_rest:
                 return
         raise AssertionError("the scorer does not come to rest")
 
