@@ -145,7 +145,7 @@ class Learner:
         x_BD = self.model.embed(ids_BS, dense_BD, self._tables.lookup)
         with self._own_randomness():
             logits_B2 = self.model.towers(x_BD)
-        head_logits_B2 = self._heads(x_BD) if self.method.needs_heads else torch.zeros_like(logits_B2)
+        head_logits_B2 = self._head_logits(x_BD.detach(), rows)
         rn_B, dp_B = torch.sigmoid(head_logits_B2.detach()).unbind(1)
         beliefs = Beliefs(torch.sigmoid(logits_B2.detach()[:, 1]), rn_B, dp_B)
         weights = (fake_negative if self.fallback else self.method.weights)(rows, beliefs)
@@ -156,28 +156,37 @@ class Learner:
             logits_B2, head_logits_B2, rows, weights, targets, loss, self._heads.loss(head_logits_B2, targets)
         )
 
+    def _head_logits(self, x_BD: Tensor, rows: Rows) -> Tensor:
+        """Logits of [f_rn, f_dp] where the method or the heads' own loss asks for them, zero elsewhere."""
+        logits_B2 = torch.zeros(len(x_BD), 2)
+        if not self.method.needs_heads:
+            return logits_B2
+        used_B = rows.pending_B + rows.matured_B if not self.method.needs_dp else torch.ones(len(x_BD))
+        index_K = used_B.nonzero()[:, 0]
+        return logits_B2.index_copy(0, index_K, self._heads(x_BD.index_select(0, index_K)))
+
     def _learn(self, forward: _Forward, touched: list[Touched]) -> bool:
         """Apply the gradients if all are finite; says whether they were."""
-        square = self._adam.grad_P.square().sum() + sum(t.grad_UE.square().sum() for t in touched)
-        head_square = self._heads.adam.grad_P.square().sum()
+        grads = [self._adam.grad_P, *(t.grad_UE for t in touched)]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+        head_norm = torch.linalg.vector_norm(self._heads.adam.grad_P)
         weighted = (forward.rows.first_B + forward.weights.positive_B + forward.weights.negative_B).sum()
         matured = forward.targets.dp_mask_B.sum()
-        facts = (forward.loss.detach(), forward.head_loss.detach(), square, head_square, weighted, matured)
+        facts = (forward.loss.detach(), forward.head_loss.detach(), norm, head_norm, weighted, matured)
         numbers = torch.stack(facts)
         if not bool(torch.isfinite(numbers).all()):
             return False
-        _, _, square_, head_square_, weighted_, matured_ = numbers.tolist()
+        _, _, norm_, head_norm_, weighted_, matured_ = numbers.tolist()
         if weighted_ > 0:  # with nothing to learn from, Adam's momentum would still move the towers
-            scale = self._clip(square_)
+            scale = self._clip(norm_)
             self._adam.step(scale)
             for tables, rows_U, grad_UE in touched:
                 tables.learn(rows_U, grad_UE, scale)
         if self.method.needs_heads and matured_ > 0:
-            self._heads.learn(forward.head_logits_B2.detach(), forward.targets, self._clip(head_square_))
+            self._heads.learn(forward.head_logits_B2.detach(), forward.targets, self._clip(head_norm_))
         return True
 
-    def _clip(self, square: float) -> float:
-        norm = square**0.5
+    def _clip(self, norm: float) -> float:
         return 1.0 if norm <= self.config.clip_norm else self.config.clip_norm / norm
 
     @contextlib.contextmanager

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 EmbeddingOptimiser = Literal["adagrad", "lazy-adam"]
 _ALIGN = 16  # floats: every parameter starts on a cache line
-_BETA_1, _BETA_2, _EPS = 0.9, 0.999, 1e-8
+_BETA_1, _BETA_2 = 0.9, 0.999
+_EPS_SQUARE = 1e-16  # under the root, because sqrt is forty times slower on the denormal squares of tiny gradients
 
 
 class DenseAdam:
@@ -54,8 +55,8 @@ class DenseAdam:
             self.grad_P.add_(self.weight_P, alpha=self.l2)
         self.mean_P.lerp_(self.grad_P, 1 - _BETA_1)
         self.square_P.mul_(_BETA_2).addcmul_(self.grad_P, self.grad_P, value=1 - _BETA_2)
-        root_P = self.square_P.sqrt().div_((1 - _BETA_2**self.steps) ** 0.5).add_(_EPS)
-        self.weight_P.addcdiv_(self.mean_P, root_P, value=-self.learning_rate / (1 - _BETA_1**self.steps))
+        inverse_root_P = (self.square_P / (1 - _BETA_2**self.steps)).add_(_EPS_SQUARE).rsqrt_()
+        self.weight_P.addcmul_(self.mean_P, inverse_root_P, value=-self.learning_rate / (1 - _BETA_1**self.steps))
 
     def state(self) -> dict[str, Tensor]:
         """What a restart needs besides the parameters and ``steps``; not copied."""
@@ -107,21 +108,24 @@ class TablesOfWidth:
         return Touched(self, rows_U, grad_UE)
 
     def learn(self, rows_U: Tensor, grad_UE: Tensor, scale: float) -> None:
-        """One step on unique rows; a row whose gradient is exactly zero (padding, masked) is left as it is."""
-        grad_UE = grad_UE * scale
-        moved_U = (grad_UE != 0).any(1)
-        row_UE = self.weight_RE.index_select(0, rows_U)
+        """One step on unique rows; a row whose gradient is exactly zero (padding, masked) is left as it is.
+
+        ``grad_UE`` is used up.
+        """
+        grad_UE.mul_(scale)
+        moved_U = grad_UE.abs().amax(1) > 0
         if self.rule.l2:
-            grad_UE = grad_UE.add_(row_UE, alpha=self.rule.l2)
+            row_UE = self.weight_RE.index_select(0, rows_U)
+            grad_UE.addcmul_(row_UE, moved_U[:, None].to(row_UE.dtype), value=self.rule.l2)
         step = self._adagrad if self.rule.optimiser == "adagrad" else self._lazy_adam
-        moved_row_UE = row_UE - self.rule.learning_rate * step(rows_U, grad_UE, moved_U)
-        self.weight_RE.index_copy_(0, rows_U, torch.where(moved_U[:, None], moved_row_UE, row_UE))
+        self.weight_RE.index_add_(0, rows_U, step(rows_U, grad_UE, moved_U))  # its alpha would loop over rows
 
     def _adagrad(self, rows_U: Tensor, grad_UE: Tensor, moved_U: Tensor) -> Tensor:
         before_U = self.state["square"].index_select(0, rows_U)
-        after_U = before_U * self.rule.decay + grad_UE.square().mean(1)
+        norm_U = torch.linalg.vector_norm(grad_UE, dim=1)
+        after_U = before_U * self.rule.decay + norm_U.square() / grad_UE.shape[1]
         self.state["square"].index_copy_(0, rows_U, torch.where(moved_U, after_U, before_U))
-        return grad_UE / (after_U.sqrt() + _EPS)[:, None]
+        return grad_UE.mul_(((after_U + _EPS_SQUARE).rsqrt() * -self.rule.learning_rate)[:, None])
 
     def _lazy_adam(self, rows_U: Tensor, grad_UE: Tensor, moved_U: Tensor) -> Tensor:
         touches_U = self.state["touches"].index_select(0, rows_U) + moved_U
@@ -133,7 +137,8 @@ class TablesOfWidth:
             self.state[name].index_copy_(0, rows_U, value)
         age_U1 = touches_U.clamp(min=1)[:, None]
         bias_1_U1, bias_2_U1 = (-torch.expm1(age_U1 * math.log(beta)) for beta in (_BETA_1, _BETA_2))  # 1 - beta**age
-        return mean_UE / bias_1_U1 / ((square_UE / bias_2_U1).sqrt() + _EPS)
+        rate_U1 = moved_U1 * -self.rule.learning_rate / bias_1_U1
+        return mean_UE * rate_U1 * (square_UE / bias_2_U1 + _EPS_SQUARE).rsqrt()
 
 
 class Tables:
