@@ -47,6 +47,7 @@ class TrainerStats:
     examples: Mapping[str, int] = field(default_factory=dict)  # first, late_conversion, matured, skipped
     outcomes: Mapping[str, int] = field(default_factory=dict)  # of the join
     steps: int = 0
+    step_ms: float = 0.0  # a learning step, moving average
     refused_steps: int = 0
     checkpoints: int = 0
     versions_published: int = 0

@@ -105,6 +105,7 @@ class Trainer:
         self._pending_since_ms = 0  # record time when the oldest row began to wait
         self._unpublished = 0  # rows learned
         self._unsaved = False
+        self._step_ms = 0.0
         self._reject_error: object | None = None
         self._started = False
         self._heard_s = self._published_s = self._saved_s = 0.0
@@ -260,7 +261,9 @@ class Trainer:
             return
         started = self._ports.clock.monotonic_s()
         stats = self._ports.learner.step(examples)
-        self._ports.metrics.observe(names.STEP_SECONDS, self._ports.clock.monotonic_s() - started)
+        took_s = self._ports.clock.monotonic_s() - started
+        self._step_ms += 0.05 * (1_000 * took_s - self._step_ms) if self._step_ms else 1_000 * took_s
+        self._ports.metrics.observe(names.STEP_SECONDS, took_s)
         self._account(examples, stats)
 
     def _account(self, examples: Examples, stats: StepStats) -> None:
@@ -391,6 +394,7 @@ class Trainer:
             examples=tally.examples,
             outcomes=dict(joiner.outcomes),
             steps=tally.steps,
+            step_ms=self._step_ms,
             refused_steps=tally.refused_steps,
             checkpoints=tally.checkpoints,
             versions_published=published.versions_published,

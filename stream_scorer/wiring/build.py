@@ -226,8 +226,8 @@ def trainer_policy(settings: Settings, schema: FeatureSchema) -> TrainerPolicy:
         scoreboard=ScoreboardPolicy(
             first_rows=min(2_000, trainer.window_examples),
             window_rows=trainer.window_examples,
-            cohort_ms=max(1_000, _ms(trainer.observation_window_s)),
-            mature_ms=_ms(trainer.attribution_window_s),
+            settle_ms=_ms(trainer.click_window_s + trainer.observation_window_s),
+            mature_ms=_ms(trainer.click_window_s + trainer.attribution_window_s),
         ),
         gate=GatePolicy(trainer.gate_logloss_margin, low, high, trainer.gate_min_examples),
         batch_rows=trainer.batch_rows,
