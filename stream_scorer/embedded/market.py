@@ -30,7 +30,7 @@ CATEGORIES = 20
 BRANDS = 40
 HOURS = 24
 HISTORY = 8
-_CLICK_BIAS = -3.35
+_CLICK_BIAS = -3.45
 _BUY_BIAS = -2.6
 
 
@@ -85,9 +85,9 @@ class Market:
         self._prototype_SD = _normal(rng, SEGMENTS, LATENT)
         self._center_CD = _normal(rng, CATEGORIES, LATENT)
         self._prototype_SD[:, :HIDDEN] = self._center_CD[:, :HIDDEN] = 0.0  # else segment and category would tell
-        self._brand_B = _normal(rng, BRANDS) * 0.45
+        self._brand_B = _normal(rng, BRANDS) * 0.5
         self._hour_HC = self._hour_effects(rng)
-        self._popularity_C = _normal(rng, CATEGORIES) * 0.35
+        self._popularity_C = _normal(rng, CATEGORIES) * 0.5
         self._users(rng, plan.users)
         shape = (plan.items,)
         self.number_M = np.zeros(shape, np.int64)
@@ -134,7 +134,7 @@ class Market:
         self._taste_MD[slots] = 0.8 * self._center_CD[category] + _own_taste(rng, count)
         self._worth_MD[slots] = 0.6 * self._taste_MD[slots] + 0.8 * _normal(rng, count, LATENT)
         self._appeal_M[slots] = (
-            0.5 * self.quality_M[slots] + self._brand_B[self.brand_M[slots]] + 0.25 * _normal(rng, count)
+            0.7 * self.quality_M[slots] + self._brand_B[self.brand_M[slots]] + 0.25 * _normal(rng, count)
         )
         self._exposure_M[slots] = 0.5 * _normal(rng, count)  # how often retrieval brings it up, whatever it is worth
         self.born_s_M[slots] = self._now_s
@@ -180,10 +180,10 @@ class Market:
         age_NK = np.minimum((self._now_s - self.born_s_M[slot_NK]) / 300.0, 1.0).astype(np.float32)
         click_NK = (
             _CLICK_BIAS
-            + 0.45 * self.activity_U[user_N][:, None]
+            + 0.6 * self.activity_U[user_N][:, None]
             + self._appeal_M[slot_NK]
             + self._popularity_C[category_NK]
-            + 0.75 * liking_NK
+            + 0.6 * liking_NK
             - (price_NK - wealth_N1) ** 2 / 6.0
             + self._hour_HC[hour][category_NK]
             - 0.3 * age_NK

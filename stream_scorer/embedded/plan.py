@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from esmm.batch import FeatureBlock, SourceLayout
+from stream_scorer.core.records import TopicPartition
 from stream_scorer.embedded.delays import HOUR_S
 from stream_scorer.embedded.market import MarketPlan
 from stream_scorer.embedded.shop import ShopPlan
@@ -27,6 +28,26 @@ class Wire:
     item_layout: SourceLayout
     requests_topic: str = "score-requests"
     feedback_topic: str = "feedback"
+
+
+class Joined:
+    """A `RebalanceListener` that only notes the assignment: nothing is committed, so nothing has to be finished."""
+
+    def __init__(self) -> None:
+        """Nothing is assigned yet."""
+        self.partitions: set[TopicPartition] = set()
+
+    def on_assign(self, partitions: Sequence[TopicPartition]) -> None:
+        """Note them."""
+        self.partitions |= set(partitions)
+
+    def on_revoke(self, partitions: Sequence[TopicPartition]) -> None:
+        """Forget them."""
+        self.partitions -= set(partitions)
+
+    def on_lost(self, partitions: Sequence[TopicPartition]) -> None:
+        """Forget them."""
+        self.partitions -= set(partitions)
 
 
 @dataclass(frozen=True)

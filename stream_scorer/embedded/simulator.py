@@ -16,16 +16,17 @@ import orjson
 from numpy.typing import NDArray
 
 from stream_scorer.core.deadline import Deadline
-from stream_scorer.core.errors import FatalError
-from stream_scorer.core.records import OutRecord, Record, TopicPartition
+from stream_scorer.core.errors import FatalError, RecoverableError
+from stream_scorer.core.records import OutRecord, Record
 from stream_scorer.embedded.market import Int64, Market
 from stream_scorer.embedded.market_features import item_block, item_names, user_block, user_names
 from stream_scorer.embedded.outbox import Happened, Outbox, feedback_record
-from stream_scorer.embedded.plan import SimulatorPlan, Wire
+from stream_scorer.embedded.plan import Joined, SimulatorPlan, Wire
 from stream_scorer.embedded.shop import CLICK, KINDS, Truth, react, show
-from stream_scorer.embedded.tally import SimulatorStats, Tally
+from stream_scorer.embedded.tally import COUNTED, SimulatorStats, Tally
 
 FOLD_S = 0.5
+RETRY_S = 1.0
 MAX_BURST = 2_000  # requests one step may owe after a stall
 _WAIT_S = 0.02
 
@@ -38,22 +39,6 @@ class _Open(NamedTuple):
     items: list[str]
     category_K: Int64
     truth_3K: NDArray[np.float32]  # click, buy, tilt
-
-
-class _Joined:
-    """A `RebalanceListener` that only notes the assignment: nothing is committed, so nothing has to be finished."""
-
-    def __init__(self) -> None:
-        self.partitions: set[TopicPartition] = set()
-
-    def on_assign(self, partitions: Sequence[TopicPartition]) -> None:
-        self.partitions |= set(partitions)
-
-    def on_revoke(self, partitions: Sequence[TopicPartition]) -> None:
-        self.partitions -= set(partitions)
-
-    def on_lost(self, partitions: Sequence[TopicPartition]) -> None:
-        self.partitions -= set(partitions)
 
 
 class Simulator:
@@ -72,8 +57,10 @@ class Simulator:
         self._unsent: set[str] = set()
         self._outbox = Outbox()
         self._number = 0
-        self._joined = _Joined()
+        self._joined = Joined()
         self._started_s = self._next_s = self._folded_s = self._last_score_s = 0.0
+        self._owed: dict[str, set[int]] = {"user": set(), "item": set()}
+        self._retry_s = 0.0
         self._ended = False
         self.stats = self._snapshot(0.0)
 
@@ -100,8 +87,8 @@ class Simulator:
         """Let time pass in the market, ask what is due, read scores, send the feedback that is due."""
         now_s = self._wire.clock.monotonic_s()
         changes = self.market.advance(now_s - self._started_s)
-        self._write("user", changes.users)
-        self._write("item", changes.slots)
+        self._write_later("user", changes.users)
+        self._write_later("item", changes.slots)
         self._ask(self._due(now_s))
         self._turn(max(0.0, min(_WAIT_S, self._next_s - self._wire.clock.monotonic_s())))
 
@@ -136,6 +123,19 @@ class Simulator:
             ids = item_names(self.market.number_M[numbers])
             block = item_block(self.market, numbers, self._wire.item_layout)
         self._wire.write_features(entity, ids, block, self._wire.clock.now_ms())
+
+    def _write_later(self, entity: Literal["user", "item"], numbers: Int64) -> None:
+        """Write these and what could not be written before: an outage of the feature store is no reason to stop."""
+        owed = self._owed[entity]
+        if owed and self._wire.clock.monotonic_s() >= self._retry_s:
+            numbers = np.union1d(numbers, np.array(sorted(owed), np.int64))
+            owed.clear()
+        try:
+            self._write(entity, numbers)
+        except RecoverableError:
+            owed.update(numbers.tolist())
+            self._tally.counts["unwritten"] += len(numbers)
+            self._retry_s = self._wire.clock.monotonic_s() + RETRY_S
 
     def _due(self, now_s: float) -> int:
         """How many requests are due, and when the next one is."""
@@ -248,7 +248,7 @@ class Simulator:
         if clicks:
             users = np.array([click.user for click in clicks], np.int64)
             self.market.clicked(users, np.array([click.category for click in clicks], np.int64))
-            self._write("user", np.unique(users))
+            self._write_later("user", np.unique(users))
 
     def _fold(self, now_s: float) -> None:
         self._folded_s = now_s
@@ -268,7 +268,7 @@ class Simulator:
             requests=self._number - len(self._unsent),
             scored=scored,
             lost=len(self._open) if self._ended else self._overdue(),
-            **{name: counts[name] for name in ("duplicates", "unknown", "wrong", "unsent", "degraded", "missing")},
+            **{name: counts[name] for name in COUNTED},
             outstanding=len(self._open),
             candidates=tally.candidates,
             candidates_per_s=tally.candidates / scoring_s if scoring_s > 0 else 0.0,

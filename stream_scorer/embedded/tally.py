@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stream_scorer.embedded.truth import TruthMetrics, TruthTally
 
 WINDOW_S = 10  # of the recent figures
+COUNTED = ("duplicates", "unknown", "wrong", "unsent", "unwritten", "degraded", "missing")  # fields kept as counters
 _LATENCY_EDGES_MS = np.geomspace(0.1, 600_000.0, 1_600)  # 1% apart
 
 
@@ -46,6 +47,7 @@ class SimulatorStats:
     unknown: int  # score messages for requests that are not ours
     wrong: int  # score messages whose candidates are not the request's, or that do not parse
     unsent: int  # requests and feedback events the broker did not take
+    unwritten: int  # feature rows the store did not take at first; they are tried again
     outstanding: int
     candidates: int
     candidates_per_s: float

@@ -14,7 +14,7 @@ import pytest
 from esmm.batch import FeatureBlock
 from esmm.features import FeatureSchema
 from stream_scorer.core.deadline import Deadline
-from stream_scorer.core.errors import FatalError
+from stream_scorer.core.errors import FatalError, RecoverableError
 from stream_scorer.core.messages import Feedback, ScoreRequest
 from stream_scorer.core.records import DeliveryReport, OutRecord, Position, Record, TopicPartition
 from stream_scorer.embedded.delays import DelayMixture
@@ -54,12 +54,15 @@ class Loop:
         self.answer = answer
         self.assigns = True
         self.fail_requests = 0
+        self.store_is_down = False
         self.requests: list[dict[str, Any]] = []
         self.feedback: list[tuple[int, dict[str, Any]]] = []
         self.written: dict[str, FeatureBlock] = {}
         self.waiting: list[bytes] = []
 
     def write(self, entity: str, ids: Sequence[str], block: FeatureBlock, event_ms: int) -> None:
+        if self.store_is_down:
+            raise RecoverableError("down")
         assert event_ms == self.clock.now_ms()
         assert block.ids_NS.shape == (len(ids), SCHEMA.layout(entity).id_width)  # type: ignore[arg-type]
         for n, name in enumerate(ids):
@@ -293,6 +296,23 @@ def test_features_are_there_before_they_are_asked_for_and_follow_the_clicks() ->
     history = simulator.market.history_UH[int(clicker[1:])]
     at = next(slot for slot in SCHEMA.layout("user").ids if slot.name == "recent_categories")
     np.testing.assert_array_equal(loop.written[clicker].ids_NS[0, at.start : at.stop], history)
+
+
+def test_features_that_were_not_taken_are_written_again() -> None:
+    simulator, loop = make_simulator(lambda request: [scores_of(request)])
+    loop.written.clear()
+    loop.store_is_down = True
+    run(simulator, 10.0)
+    assert not loop.written
+    loop.store_is_down = False
+    run(simulator, 2.0)
+    stats = finish(simulator, loop)
+    assert stats.unwritten > 0
+    assert not any(simulator._owed.values())
+    new = {item for request in loop.requests for item in request["items"] if int(item[1:]) > MARKET.items}
+    alive = {f"i{number}" for number in simulator.market.number_M.tolist()}
+    assert new & alive <= set(loop.written)  # items that came and went during the outage are gone
+    assert stats.lost == 0
 
 
 def test_a_group_that_never_assigns_is_fatal() -> None:
