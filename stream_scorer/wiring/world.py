@@ -132,7 +132,9 @@ def _settings_text(folder: Path, name: str, topics: Topics, where: dict[str, str
         },
         "trainer": {
             **DemoPlan().trainer_settings(),
-            "batch_rows": 256,
+            "batch_rows": 64,
+            "learning_rate": 0.003,
+            "embedding_learning_rate": 0.05,
             "max_wait_s": 0.5,
             "window_examples": 4_000,
             "checkpoint_dir": str(folder / "checkpoints"),
