@@ -259,14 +259,13 @@ class Simulator:
         tally, counts = self._tally, self._tally.counts
         ctr, ctcvr, latency = tally.recent()
         by_version = tally.by_version()
-        scored = sum(version.requests for version in by_version)
         scoring_s = self._last_score_s - self._started_s
         feedback = {name: counts[name] for name in (*KINDS, "twice", "late", "never")}
         return SimulatorStats(
             ready=bool(self._joined.partitions),
             uptime_s=now_s - self._started_s,
             requests=self._number - len(self._unsent),
-            scored=scored,
+            scored=tally.requests,
             lost=len(self._open) if self._ended else self._overdue(),
             **{name: counts[name] for name in COUNTED},
             outstanding=len(self._open),
@@ -275,6 +274,7 @@ class Simulator:
             latency_ms=tally.latency(),
             latency_recent_ms=latency,
             feedback=feedback | {"pending": len(self._outbox)},
+            versions_served=tally.versions_served,
             versions=[version.version for version in by_version],
             recent_ctr=ctr,
             recent_ctcvr=ctcvr,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stream_scorer.embedded.truth import TruthMetrics, TruthTally
 
 WINDOW_S = 10  # of the recent figures
+KEEP_VERSIONS = 20  # with figures of their own: the first and the latest; a run may see thousands
 COUNTED = ("duplicates", "unknown", "wrong", "unsent", "unwritten", "degraded", "missing")  # fields kept as counters
 _LATENCY_EDGES_MS = np.geomspace(0.1, 600_000.0, 1_600)  # 1% apart
 
@@ -56,7 +57,8 @@ class SimulatorStats:
     degraded: int  # score messages
     missing: int  # candidates scored with a default vector
     feedback: dict[str, int]  # impression, click, conversion (sent, repetitions too), twice, late, never, pending
-    versions: list[int]  # in the order first seen
+    versions_served: int  # how many different ones
+    versions: list[int]  # those of ``by_version``
     recent_ctr: TruthMetrics
     recent_ctcvr: TruthMetrics
     by_version: list[VersionTruth]
@@ -68,7 +70,6 @@ class SimulatorStats:
         by_version = data.pop("by_version")
         first, last = (by_version[0], by_version[-1]) if by_version else (None, None)
         return data | {
-            "versions_served": len(self.versions),
             "truth_auc_ctr": self.recent_ctr.auc,
             "truth": {"recent": recent, "first": first, "last": last, "by_version": by_version},
         }
@@ -90,13 +91,15 @@ class Tally:
         self._window: deque[tuple[float, _Pair, NDArray[np.int64]]] = deque()
         self._latencies: list[float] = []
         self._latency_B = np.zeros(len(_LATENCY_EDGES_MS) + 1, np.int64)
+        self._seen: set[int] = set()
         self.counts: Counter[str] = Counter()
-        self.candidates = 0
+        self.requests = self.candidates = 0
 
     def scored(self, version: int, served_and_true_4K: NDArray[Any], latency_ms: float) -> None:
         """One request: rows are served ctr, served ctcvr, true ctr, true ctcvr."""
         self._waiting.append((version, served_and_true_4K))
         self._latencies.append(latency_ms)
+        self.requests += 1
         self.candidates += served_and_true_4K.shape[1]
 
     def fold(self, now_s: float) -> None:
@@ -107,7 +110,7 @@ class Tally:
         recent = _Pair()
         for version, parts in by_version.items():
             ctr_N, ctcvr_N, true_ctr_N, true_ctcvr_N = np.concatenate(parts, axis=1)
-            pair = self._versions.setdefault(version, _Pair())
+            pair = self._version(version)
             fresh = _Pair()
             fresh.ctr.add(ctr_N, true_ctr_N)
             fresh.ctcvr.add(ctcvr_N, true_ctcvr_N)
@@ -120,6 +123,18 @@ class Tally:
         while self._window[0][0] <= now_s - WINDOW_S:
             self._window.popleft()
         self._waiting, self._latencies = [], []
+
+    def _version(self, version: int) -> _Pair:
+        if version not in self._versions:
+            self._seen.add(version)
+            if len(self._versions) >= KEEP_VERSIONS:
+                del self._versions[list(self._versions)[1]]  # the oldest but the first
+        return self._versions.setdefault(version, _Pair())
+
+    @property
+    def versions_served(self) -> int:
+        """How many different versions were seen."""
+        return len(self._seen)
 
     def recent(self) -> tuple[TruthMetrics, TruthMetrics, LatencyMs]:
         """CTR, CTCVR and latency of the last `WINDOW_S` seconds."""
@@ -135,7 +150,7 @@ class Tally:
         return _latency(self._latency_B)
 
     def by_version(self) -> list[VersionTruth]:
-        """In the order first seen."""
+        """The first and the latest, in the order first seen."""
         return [
             VersionTruth(version, pair.requests, pair.ctr.metrics(), pair.ctcvr.metrics())
             for version, pair in self._versions.items()

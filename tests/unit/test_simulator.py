@@ -384,6 +384,15 @@ def test_the_recent_window_forgets_and_the_versions_do_not() -> None:
     assert [(v.version, v.ctr.candidates) for v in tally.by_version()] == [(1, 5), (2, 7)]
 
 
+def test_a_run_of_many_versions_keeps_figures_of_the_first_and_the_latest() -> None:
+    tally = Tally()
+    for version in range(1, 100):
+        tally.scored(version, np.full((4, 5), 0.5, np.float32), 4.0)
+        tally.fold(float(version))
+    assert [v.version for v in tally.by_version()] == [1, *range(81, 100)]
+    assert (tally.versions_served, tally.requests, tally.candidates) == (99, 99, 495)
+
+
 def test_the_demos_windows_fit_together_or_are_refused() -> None:
     plan = DemoPlan()
     assert plan.market(3) == MarketPlan(seed=3, time_scale=plan.time_scale)
