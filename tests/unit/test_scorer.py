@@ -249,6 +249,14 @@ def test_a_failed_delivery_is_fatal_and_nothing_of_it_is_committed() -> None:
     assert made.source.committed == {}
 
 
+def test_a_failed_delivery_stops_at_once_not_at_the_next_commit() -> None:
+    made = world(requests(1), sink=FakeSink(auto=False), commit_every_s=60.0)
+    made.until_idle()
+    made.sink.ack(error="MSG_TIMED_OUT")
+    with pytest.raises(FatalError, match="MSG_TIMED_OUT"):
+        made.scorer.step()
+
+
 def test_commits_are_not_more_often_than_asked() -> None:
     made = world(requests(40), max_records=1, commit_every_s=0.1)
     for _ in range(20):
