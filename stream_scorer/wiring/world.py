@@ -59,7 +59,7 @@ def prepare_world(folder: Path, options: WorldOptions) -> Iterator[World]:
         settings = load(config)
         if shared:
             _own_topics(stack, settings, topics)
-        _announce(settings)
+        announce(settings)
         if options.redis is not None:
             stack.callback(_forget_features, settings)
         yield World(folder, config, f"{broker} and {store}")
@@ -92,7 +92,7 @@ def _own_topics(stack: ExitStack, settings: Settings, topics: Topics) -> None:
     stack.callback(delete_topics, config, names, TOPICS_TIMEOUT_S)
 
 
-def _announce(settings: Settings) -> None:
+def announce(settings: Settings) -> None:
     """Note the schema in Redis before anything is written: a scorer refuses to start on features it cannot read."""
     layouts = build.entity_layouts(build.load_schema(settings))
     writer = FeatureWriter(build.redis_config(settings), layouts)
