@@ -1,0 +1,72 @@
+"""Event time moves with the slowest partition, and neither idle partitions nor wrong clocks stop it."""
+
+from __future__ import annotations
+
+import json
+
+from stream_scorer.core.records import TopicPartition
+from stream_scorer.core.watermark import BEGINNING, Watermark, WatermarkPolicy
+
+A, B, C = (TopicPartition("t", n) for n in range(3))
+
+
+def test_the_slowest_partition_decides() -> None:
+    mark = Watermark(WatermarkPolicy(lateness_ms=5))
+    mark.assign([A, B])
+    mark.observe(A, 100, 100)
+    assert mark.value_ms == BEGINNING  # b was not heard of yet
+    mark.observe(B, 50, 100)
+    assert mark.value_ms == 45
+    mark.observe(B, 200, 101)
+    assert mark.value_ms == 95
+    mark.observe(A, 90, 102)
+    assert mark.value_ms == 95  # it never goes back
+
+
+def test_a_silent_partition_is_waited_for_only_so_long() -> None:
+    mark = Watermark(WatermarkPolicy(lateness_ms=0, idle_ms=10))
+    mark.assign([A, B, C])
+    for where in (A, B):
+        mark.observe(where, 100, 1_000)
+    mark.observe(A, 200, 1_005)
+    mark.observe(A, 300, 1_010)
+    assert mark.value_ms == BEGINNING  # c has never spoken
+    mark.observe(A, 400, 1_011)
+    assert mark.value_ms == 400  # b and c are idle now
+    mark.observe(B, 350, 1_012)
+    mark.observe(A, 500, 1_012)
+    assert mark.value_ms == 400
+    mark.observe(B, 450, 1_012)
+    assert mark.value_ms == 450  # b counts again
+
+
+def test_one_wrong_clock_moves_nothing_and_many_are_believed() -> None:
+    mark = Watermark(WatermarkPolicy(lateness_ms=0, max_jump_ms=1_000, confirm=3))
+    mark.observe(A, 100, 1)
+    assert not mark.observe(A, 9_000, 2)
+    assert mark.observe(A, 101, 3)
+    assert mark.value_ms == 101
+    assert [mark.observe(A, 9_000 + n, 4 + n) for n in range(3)] == [False, False, True]
+    assert mark.value_ms == 9_002
+
+
+def test_revoked_partitions_are_not_waited_for() -> None:
+    mark = Watermark(WatermarkPolicy(lateness_ms=0))
+    mark.assign([A, B])
+    mark.observe(A, 100, 1)
+    mark.revoke([B])
+    mark.observe(A, 101, 2)
+    assert mark.value_ms == 101
+
+
+def test_state_survives_json() -> None:
+    policy = WatermarkPolicy(lateness_ms=1, idle_ms=10, max_jump_ms=1_000, confirm=3)
+    one, two = Watermark(policy), Watermark(policy)
+    one.assign([A, B, C])
+    for where, event, at in ((A, 100, 1), (B, 90, 2), (A, 5_000, 3), (A, 120, 20), (B, 130, 21), (A, 7_000, 22)):
+        one.observe(where, event, at)
+    two.restore(json.loads(json.dumps(one.state())))
+    for where, event, at in ((A, 7_001, 23), (A, 7_002, 24), (B, 140, 25), (B, 150, 40), (C, 10, 41), (B, 8_000, 60)):
+        assert one.observe(where, event, at) == two.observe(where, event, at)
+        assert one.value_ms == two.value_ms
+    assert one.newest_ms == two.newest_ms
