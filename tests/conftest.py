@@ -6,16 +6,20 @@ when STREAM_SCORER_REQUIRE_REAL=1.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from stream_scorer.embedded.broker import EmbeddedBroker
 from tests.contract.worlds import MOCK_TOPICS
 from tests.servers import KafkaServer, RedisServer
+
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
 def unavailable(reason: str) -> None:

@@ -17,7 +17,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 from confluent_kafka import TopicPartition as ClientPartition
 
 from stream_scorer.adapters.kafka_config import NOT_ALLOWED, ClientLog, KafkaConfig
-from stream_scorer.adapters.kafka_health import PROBE_S, Outage, first_error
+from stream_scorer.adapters.kafka_health import PROBE_S, Outage, first_error, is_fatal
 from stream_scorer.adapters.kafka_sink import KafkaSink
 from stream_scorer.core.errors import ConfigurationError, FatalError
 from stream_scorer.core.metric_names import KAFKA_ERRORS, OFFSET_GAPS
@@ -78,6 +78,7 @@ class KafkaSource:
         self._listener: RebalanceListener | None = None
         self._held: dict[tuple[str, int], _Held] = {}
         self._epoch = 0
+        self._joined = False
         self._paused = False
         self._gaps: deque[tuple[TopicPartition, int, int]] = deque()
         self._gap_checked_at = 0.0
@@ -184,7 +185,7 @@ class KafkaSource:
                 f"no poll for {self._config.max_poll_interval_ms} ms, so the group gave the partitions away: "
                 "make batches smaller or raise kafka.max_poll_interval_ms"
             )
-        if error.fatal():
+        if is_fatal(error):
             raise FatalError(f"the Kafka client cannot go on: {self._config.explain(error)}")
         if code in NOT_ALLOWED:
             raise ConfigurationError(self._config.explain(error))
@@ -256,7 +257,7 @@ class KafkaSource:
             if error is None:
                 self._outage.progress()
                 return CommitResult(committed=True, fenced=False, error=None)
-            if error.fatal():
+            if is_fatal(error):
                 raise FatalError(f"commit failed: {self._config.explain(error)}")
             if error.code() in NOT_ALLOWED:
                 raise ConfigurationError(self._config.explain(error))
@@ -288,6 +289,11 @@ class KafkaSource:
                 else:
                     self._held[where].next_offset = offset
                     break
+
+    @property
+    def joined(self) -> bool:
+        """Whether the group has taken us in, if only as a member in reserve."""
+        return self._joined
 
     @property
     def assigned(self) -> int:
@@ -323,6 +329,9 @@ class KafkaSource:
 
     def _on_assign(self, consumer: Consumer, partitions: list[ClientPartition]) -> None:
         consumer.incremental_assign(partitions)
+        self._joined = True
+        if not partitions:  # a rebalance that changed nothing for us
+            return
         if self._paused:
             consumer.pause(partitions)
         self._epoch += 1

@@ -35,7 +35,7 @@ class Outage:
     def seen(self, error: KafkaError) -> None:
         """The client's ``error_cb``."""
         now = time.monotonic()
-        if error.fatal() or error.code() == KafkaError._FATAL:  # noqa: SLF001
+        if is_fatal(error):
             self._fatal = error
         elif error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001
             if self._down_since is None:
@@ -65,6 +65,11 @@ class Outage:
                 f"no Kafka broker at {self._config.bootstrap} answered for {self._config.outage_limit_s:.0f} s: "
                 f"nothing unpublished was committed; start again when it is back ({self._last or 'no reason given'})"
             )
+
+
+def is_fatal(error: KafkaError) -> bool:
+    """Whether the client has ended itself: a fenced static member, an idempotent producer out of sequence."""
+    return error.fatal() or error.code() == KafkaError._FATAL  # noqa: SLF001
 
 
 def first_error(error: KafkaException) -> KafkaError:

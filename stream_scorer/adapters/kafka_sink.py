@@ -8,7 +8,7 @@ from collections import deque
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from stream_scorer.adapters.kafka_config import ClientLog, KafkaConfig
-from stream_scorer.adapters.kafka_health import Outage, first_error, nothing
+from stream_scorer.adapters.kafka_health import Outage, first_error, is_fatal, nothing
 from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.errors import ConfigurationError, FatalError
 from stream_scorer.core.records import DeliveryReport, OutRecord
@@ -54,7 +54,7 @@ class KafkaSink:
                 self._producer.poll(0.1)
                 self._outage.check(_assume_down)
             except KafkaException as error:
-                if first_error(error).fatal():
+                if is_fatal(first_error(error)):
                     raise FatalError(f"producing failed: {self._config.explain(first_error(error))}") from None
                 self._refused.append((report, first_error(error)))
                 return
