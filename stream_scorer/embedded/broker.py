@@ -13,6 +13,7 @@ so every symbol is looked up by name and a missing one is said, not crashed on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +38,7 @@ _PRODUCER = 0
 _REPLICAS = 1
 _SESSION_TIMEOUT_MS = 6_000  # of KIP-848 groups: how soon a killed member's partitions move (30 s by default)
 _HEARTBEAT_MS = 500
+_SETTLE_S = 0.005  # between topics: a request that follows on the last one's heels may wait out a poll of 1 s unnoticed
 _SYMBOLS: dict[str, Any] = {  # name -> result type; every pointer is opaque
     "rd_kafka_conf_new": ctypes.c_void_p,
     "rd_kafka_conf_set": ctypes.c_int,
@@ -99,6 +102,7 @@ class _Cluster:
         return bytes(self._lib.rd_kafka_mock_cluster_bootstraps(self._mock)).decode()
 
     def create(self, topic: str, partitions: int) -> None:
+        time.sleep(_SETTLE_S)
         error = self._lib.rd_kafka_mock_topic_create(self._mock, topic.encode(), partitions, _REPLICAS)
         if error:
             raise FatalError(f"the embedded broker did not make topic {topic!r} (librdkafka error {error})")
@@ -167,8 +171,13 @@ class EmbeddedBroker:
     def stop(self) -> None:
         """Stop it; calling twice is fine."""
         process, self._process = self._process, None
-        if process is not None:
-            launch.stop(process, 5.0)
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()  # it waits for this, and would see a signal only half a second later
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
+        launch.stop(process, 5.0)
 
     def __enter__(self) -> Self:
         """Start."""
