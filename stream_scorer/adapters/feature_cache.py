@@ -122,6 +122,7 @@ class ItemCache:
         unused = min(len(items), self._capacity - len(self._id_of))
         slots = list(range(len(self._id_of), len(self._id_of) + unused))
         self._id_of.extend(items[:unused])
+        self._used_C[slots] = self._batch  # or the next line takes them away again
         victims = self._evict(len(items) - unused).tolist() if len(items) > unused else []
         for slot, item in zip(victims, items[unused:], strict=False):
             self._slot_of.pop(self._id_of[slot], None)
