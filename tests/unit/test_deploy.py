@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from pydantic import BaseModel
 
 from esmm.features import FeatureSchema
 from stream_scorer.cli import app
+from stream_scorer.core import metric_names
+from stream_scorer.core.join import Outcome
 from stream_scorer.core.metric_names import ALL, Metric
 from stream_scorer.embedded.market_features import MARKET_TOML
 from stream_scorer.embedded.plan import DemoPlan
@@ -102,6 +105,22 @@ def test_counters_are_read_as_rates_and_gauges_are_not() -> None:
         for series in re.findall(r"stream_scorer_\w+", expression):
             rated = re.search(rf"(?:rate|increase)\({series}", expression) is not None
             assert rated == (SERIES[series].kind != "gauge"), expression
+
+
+def test_every_metric_used_is_set_by_the_code() -> None:
+    names = {metric: name for name, metric in vars(metric_names).items() if isinstance(metric, Metric)}
+    sources = [path for path in (DEPLOY.parent / "stream_scorer").rglob("*.py") if path.name != "metric_names.py"]
+    text = "\n".join(path.read_text() for path in sources)
+    used = {SERIES[series] for expression in EXPRESSIONS for series in re.findall(r"stream_scorer_\w+", expression)}
+    assert [names[metric] for metric in used if not re.search(rf"\b{names[metric]}\b", text)] == []
+
+
+def test_outcomes_named_in_alerts_exist() -> None:
+    outcomes = typing.get_args(Outcome)
+    patterns = [p for rule in ALERTS for p in re.findall(r'outcome=~?"([^"]+)"', rule["expr"])]
+    assert len(patterns) == 2
+    for pattern in "|".join(patterns).split("|"):
+        assert any(re.fullmatch(pattern, outcome) for outcome in outcomes), pattern
 
 
 def test_every_alert_has_its_section_and_no_section_is_left_over() -> None:
