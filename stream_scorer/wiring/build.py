@@ -224,7 +224,7 @@ def trainer_policy(settings: Settings, schema: FeatureSchema) -> TrainerPolicy:
         join=join,
         watermark=WatermarkPolicy(lateness_ms=_ms(trainer.lateness_s)),
         scoreboard=ScoreboardPolicy(
-            first_rows=min(2_000, trainer.window_examples),
+            first_rows=min(2_000, trainer.window_examples // 2),
             window_rows=trainer.window_examples,
             settle_ms=_ms(trainer.click_window_s + trainer.observation_window_s),
             mature_ms=_ms(trainer.click_window_s + trainer.attribution_window_s),

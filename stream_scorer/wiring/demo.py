@@ -89,6 +89,8 @@ def _run(options: DemoOptions, world: World, stack: ExitStack, stop: threading.E
     page = None if options.headless else stack.enter_context(Page(options.port, world.profile, children))
     heading = f"stream-scorer on {world.profile}" + (f"  {page.url}" if page else "")
     live = not options.headless and not options.as_json
+    if page is not None:
+        typer.echo(f"watch it at {page.url}", err=True)
     summary = stack.enter_context(Summary(live, options.duration_s, heading, children))
     while simulator.alive:
         if stop.wait(TICK_S):

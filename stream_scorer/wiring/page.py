@@ -69,8 +69,8 @@ class Story:
         return to_event(self.snapshot())
 
     def _follow(self, market: Mapping[str, Any], scorer: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-        version = trainer.get("version")
-        if version and version not in self._published:
+        newest = max(self._published, default=0)
+        for version in range(newest + 1, (trainer.get("version") or 0) + 1):  # a second may bring more than one
             self._published[version] = _now_ms()
             self._logloss[version] = (trainer.get("ctcvr") or {}).get("logloss_last")
             self._note("publish", f"trainer published version {version}")
@@ -154,7 +154,7 @@ def _task(values: Mapping[str, Any] | None) -> TaskMetrics | None:
 
 def _truth(market: Mapping[str, Any]) -> TruthPart:
     recent = (market.get("truth") or {}).get("recent") or {}
-    return TruthPart(market.get("truth_auc_ctr"), (recent.get("ctr") or {}).get("mean_abs_error"))
+    return TruthPart(market.get("truth_auc_ctr"), (recent.get("ctr") or {}).get("mae"))
 
 
 def _now_ms() -> int:

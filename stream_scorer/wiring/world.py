@@ -133,10 +133,10 @@ def _settings_text(folder: Path, name: str, topics: Topics, where: dict[str, str
         "trainer": {
             **DemoPlan().trainer_settings(),
             "batch_rows": 64,
-            "learning_rate": 0.003,
+            "learning_rate": 0.01,
             "embedding_learning_rate": 0.05,
             "max_wait_s": 0.5,
-            "window_examples": 4_000,
+            "window_examples": 2_000,
             "checkpoint_dir": str(folder / "checkpoints"),
         },
     }

@@ -1,4 +1,4 @@
-"""The whole loop as processes: settings, topics, schema, then ``score``, ``train`` and ``replay`` as a user runs them."""
+"""The whole loop as processes: settings, topics and schema, then commands run as a user runs them."""
 
 from __future__ import annotations
 
