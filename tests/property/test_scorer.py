@@ -68,7 +68,7 @@ def items_of(script: list[Any]) -> list[Item | Fault]:
     out: list[Item | Fault] = []
     for at, step in enumerate(script):
         if isinstance(step, Fault):
-            out.append(step)
+            out += [PAUSE, step] if at % 2 else [step]  # in a poll of its own, or after what the same poll has read
         elif step == SWAP:
             out.append(PAUSE)
         else:

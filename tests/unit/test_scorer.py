@@ -5,6 +5,7 @@ import numpy as np
 import orjson
 import pytest
 
+from stream_scorer.core import intake
 from stream_scorer.core import metric_names as names
 from stream_scorer.core.codec import encode_request
 from stream_scorer.core.deadline import Deadline
@@ -392,6 +393,43 @@ def test_a_revoke_that_cannot_finish_purges_and_reads_the_kept_partitions_again(
     made.finish()
     assert ids(made) == ["b0"], "a0 is left to its new owner, b0 was read again"
     assert made.source.committed == {P1: 1}
+
+
+def test_what_a_poll_read_before_such_a_revoke_is_read_again_too() -> None:
+    items = [Item(request_bytes("a0"), 0), Item(request_bytes("b0"), 1), PAUSE, Item(request_bytes("b1"), 1)]
+    made = world([*items, Fault("revoke", (0,), returns=False)], partitions=2, sink=FakeSink(auto=False))
+    for _ in range(3):
+        made.scorer.step()
+    made.sink.auto = True
+    made.finish()
+    assert ids(made) == ["b0", "b1"]
+
+
+def with_backlog(monkeypatch: pytest.MonkeyPatch, then: Fault, sink: FakeSink) -> World:
+    """Twelve requests on two partitions were read, six are in flight and six wait, when ``then`` happens."""
+    monkeypatch.setattr(intake, "START_ROWS", 1.0)
+    items = [Item(request_bytes(f"{name}{at}"), part) for at in range(6) for part, name in enumerate("ab")]
+    made = world([*items, then], partitions=2, max_rows=12, sink=sink)
+    made.scorer.step()
+    assert len(made.scorer._intake) == 6
+    return made
+
+
+def test_what_waits_is_forgotten_with_a_lost_partition(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = with_backlog(monkeypatch, Fault("lost", (0,)), FakeSink()).finish()
+    assert sorted(ids(made)) == sorted(f"{name}{at}" for at in range(6) for name in "ab")
+    assert made.source.committed == {P0: 6, P1: 6}
+
+
+def test_what_waits_is_read_again_in_order_after_a_revoke_that_could_not_finish(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = with_backlog(monkeypatch, Fault("revoke", (0,), returns=False), FakeSink(auto=False))
+    made.scorer.step()
+    made.sink.auto = True
+    made.finish()
+    assert ids(made) == [f"b{at}" for at in range(6)]
+    assert made.source.committed == {P1: 6}
 
 
 # The model
