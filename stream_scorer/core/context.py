@@ -6,7 +6,8 @@ most ``maxlen`` ids; a wide dense feature a list of exactly its width. Ids are i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,6 @@ import numpy as np
 from esmm.batch import Slot, SourceLayout
 from stream_scorer.core.messages import ScoreRequest
 
-INT64 = np.iinfo(np.int64)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 Slots = Mapping[str, Slot]
 
@@ -72,7 +72,7 @@ def _shape(name: str, problem: str) -> ContextProblem:
 
 def _check(values: list[Any], slot: Slot) -> str | None:
     """What is wrong with values of one feature. C-level calls only: there may be one a candidate."""
-    flat: Iterable[Any] = values
+    flat = values
     if takes_list(slot):
         if set(map(type, values)) != {list}:
             return "takes a list of numbers"
@@ -87,19 +87,18 @@ def _check(values: list[Any], slot: Slot) -> str | None:
     return _check_numbers(flat, slot)
 
 
-def _check_numbers(values: Iterable[Any], slot: Slot) -> str | None:
-    types = set(map(type, values))
-    if list in types:
-        return "takes a number, not a list"
+def _check_numbers(values: list[Any], slot: Slot) -> str | None:
+    """An array takes what fits in one C pass; only what it refuses is looked at again, to say why."""
     if slot.kind == "dense":
-        return None if _within(values, -FLOAT32_MAX, FLOAT32_MAX) else "does not fit float32"
-    if types != {int}:
-        return "takes whole numbers"
-    low = 0 if slot.kind == "length" else INT64.min
-    if _within(values, low, INT64.max):
-        return None
-    return "must not be negative" if slot.kind == "length" else "does not fit int64"
-
-
-def _within(values: Iterable[Any], low: float, high: float) -> bool:
-    return bool(low <= min(values) and max(values) <= high)
+        try:
+            array("d", values)
+        except (TypeError, OverflowError):
+            return "takes a number, not a list" if list in map(type, values) else "does not fit float32"
+        return None if max(values) <= FLOAT32_MAX and min(values) >= -FLOAT32_MAX else "does not fit float32"
+    try:
+        ids = array("q", values)
+    except OverflowError:
+        return "does not fit int64"
+    except TypeError:
+        return "takes a number, not a list" if list in map(type, values) else "takes whole numbers"
+    return "must not be negative" if slot.kind == "length" and min(ids) < 0 else None
