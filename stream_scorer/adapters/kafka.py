@@ -7,7 +7,6 @@ every method here is called from the thread that polls; rebalance callbacks fire
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,10 +16,11 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 from confluent_kafka import TopicPartition as ClientPartition
 
 from stream_scorer.adapters.kafka_config import NOT_ALLOWED, ClientLog, KafkaConfig
+from stream_scorer.adapters.kafka_gaps import OffsetGaps
 from stream_scorer.adapters.kafka_health import PROBE_S, Outage, first_error, is_fatal
 from stream_scorer.adapters.kafka_sink import KafkaSink
 from stream_scorer.core.errors import ConfigurationError, FatalError
-from stream_scorer.core.metric_names import KAFKA_ERRORS, OFFSET_GAPS
+from stream_scorer.core.metric_names import KAFKA_ERRORS
 from stream_scorer.core.records import CommitResult, Position, Record, TopicPartition
 from stream_scorer.ports import Metrics, RebalanceListener
 
@@ -29,9 +29,8 @@ __all__ = ["KafkaConfig", "KafkaSink", "KafkaSource"]
 _log = structlog.get_logger("stream_scorer.kafka")
 
 UNKNOWN_OFFSET = -1
-COMMIT_BOUND_S = 10.0  # retriable commit errors are retried for this long
+COMMIT_BOUND_S = 5.0  # retriable commit errors are retried for this long (one attempt may wait a session time-out)
 RETRY_S = 0.05
-GAP_CHECK_S = 1.0  # how often a partition's low watermark may be asked for
 _FENCED = frozenset(
     {
         KafkaError.ILLEGAL_GENERATION,
@@ -80,8 +79,7 @@ class KafkaSource:
         self._epoch = 0
         self._joined = False
         self._paused = False
-        self._gaps: deque[tuple[TopicPartition, int, int]] = deque()
-        self._gap_checked_at = 0.0
+        self._gaps = OffsetGaps(self._low_watermark, metrics)
         try:
             self._consumer = Consumer(self._options(group), logger=ClientLog(config))
         except KafkaException as error:
@@ -133,7 +131,7 @@ class KafkaSource:
             first = self._consumer.poll(wait_s)
             self._outage.check(self._probe)
             if first is None:
-                self._resolve_gaps()
+                self._gaps.resolve()
                 return []
             records = self._records([first])
             if max_records > 1:
@@ -142,7 +140,7 @@ class KafkaSource:
                 records += self._records(rest)
         except KafkaException as error:
             raise FatalError(f"polling failed: {self._config.explain(first_error(error))}") from None
-        self._resolve_gaps()
+        self._gaps.resolve()
         return self._unless_paused(records)
 
     def _records(self, messages: Sequence[Message]) -> list[Record]:
@@ -158,7 +156,7 @@ class KafkaSource:
             if state is None:  # revoked while it waited in the client's queue: its new owner will read it
                 continue
             if offset > state.next_offset != UNKNOWN_OFFSET:
-                self._gaps.append((TopicPartition(topic, partition), state.next_offset, offset))
+                self._gaps.seen(TopicPartition(topic, partition), state.next_offset, offset)
             state.next_offset = offset + 1
             records.append(
                 Record(
@@ -219,21 +217,6 @@ class KafkaSource:
             back.setdefault(record.position.topic_partition, record.position.offset)
         self.seek(back)
         return []
-
-    def _resolve_gaps(self) -> None:
-        """A gap is a loss only as far as the log's start has passed it: markers of transactions leave gaps as well."""
-        if not self._gaps or time.monotonic() - self._gap_checked_at < GAP_CHECK_S:
-            return
-        self._gap_checked_at = time.monotonic()
-        low: dict[TopicPartition, int] = {}
-        while self._gaps:
-            where, expected, found = self._gaps.popleft()
-            if where not in low:
-                low[where] = self._low_watermark(where)
-            dropped = min(low[where], found) - expected
-            if dropped > 0:
-                _log.warning("records were dropped by the broker before we read them", partition=where, count=dropped)
-                self._metrics.inc(OFFSET_GAPS, dropped)
 
     def _low_watermark(self, where: TopicPartition) -> int:
         try:
