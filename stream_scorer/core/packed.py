@@ -131,14 +131,14 @@ def _scatter(
     length_N = np.array([-1 if value is None else len(value) for value in values], np.int64)
     reason_N = np.where(length_N < 0, Missing.ABSENT, Missing.SIZE).astype(np.uint8)
     reason_N[length_N == size] = reason
-    found_N = reason_N == Missing.OK
-    found = records[reason == Missing.OK]
+    missing_N = reason_N != Missing.OK
+    to, good = np.flatnonzero(~missing_N), np.flatnonzero(reason == Missing.OK)
     block = zero_block(layout, rows)
-    block.ids_NS[found_N] = found["ids"]
-    block.dense_ND[found_N] = found["dense"]
+    block.ids_NS[to] = records["ids"][good]
+    block.dense_ND[to] = records["dense"][good]
     event_ms_N = np.zeros(rows, np.int64)
-    event_ms_N[found_N] = found["event_ms"]
-    return DecodedRows(block, event_ms_N, ~found_N, reason_N)
+    event_ms_N[to] = records["event_ms"][good]
+    return DecodedRows(block, event_ms_N, missing_N, reason_N)
 
 
 def bucket_of(id: str, buckets: int) -> int:  # noqa: A002  the field's word
