@@ -192,9 +192,7 @@ def test_a_killed_broker_costs_nothing_but_time(kafka_home: Path) -> None:
         assert sink.flush(soon(30))
         assert reports.errors == [None] * 400
         give_up = time.monotonic() + 30
-        while (
-            records[-1].value != b"399"
-        ):  # if the session timed out, all comes again
+        while records[-1].value != b"399":  # if the session timed out, all comes again
             records += source.poll(100, 0.1, 0.0)
             assert time.monotonic() < give_up
         assert {r.position.offset: r.value for r in records} == {at: b"%d" % at for at in range(400)}
