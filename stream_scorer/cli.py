@@ -10,9 +10,8 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
-import click
 import orjson
 import structlog
 import typer
@@ -24,6 +23,10 @@ from stream_scorer.wiring.logs import configure_logs
 from stream_scorer.wiring.processes import die_with_parent
 
 FAILURE, USAGE, CONFIGURATION = 1, 2, 78
+# typer carries a click of its own, whose root of usage errors it does not export
+USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,7 +97,9 @@ def demo(
     from stream_scorer.wiring.demo import DemoOptions, run_demo
 
     if bootstrap is not None and kafka_home is not None:
-        raise click.UsageError("--bootstrap and --kafka-home exclude each other: your own broker, or one started here")
+        raise typer.BadParameter(
+            "--bootstrap and --kafka-home exclude each other: your own broker, or one started here"
+        )
     configure_logs("WARNING", as_json=False)
     options = DemoOptions(duration, headless, as_json, rate, seed, bootstrap, kafka_home, redis, port, keep)
     raise typer.Exit(run_demo(options, _stop_on_signals()))
@@ -242,8 +247,8 @@ def main() -> NoReturn:
     """The console script."""
     try:
         code = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
+    except USAGE_ERRORS as error:
+        cast("Any", error).show()
         sys.exit(USAGE)
     except (SettingsError, ConfigurationError) as error:
         _complain(error)
@@ -251,7 +256,7 @@ def main() -> NoReturn:
     except StreamScorerError as error:
         _complain(error)
         sys.exit(FAILURE)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         sys.exit(FAILURE)
     except BrokenPipeError:

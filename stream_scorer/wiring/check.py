@@ -10,11 +10,12 @@ import typer
 from esmm.checkpoint import CheckpointError, load_version, probe
 from esmm.features import FeatureSchema
 from stream_scorer.adapters.feature_writer import check_meta, read_meta
-from stream_scorer.adapters.kafka_admin import TopicPlan, connect, create_topics
+from stream_scorer.adapters.kafka_admin import TopicPlan, create_topics
+from stream_scorer.adapters.kafka_admin import connect as describe
 from stream_scorer.adapters.model_store import DirectoryStore
 from stream_scorer.core.errors import ConfigurationError, StreamScorerError
 from stream_scorer.settings import Settings
-from stream_scorer.wiring import build
+from stream_scorer.wiring import build, connect
 
 CONFIGURATION = 78
 
@@ -41,29 +42,29 @@ def run_check(settings: Settings) -> int:
 
 
 def _schema(settings: Settings) -> str:
-    schema = build.load_schema(settings)
+    schema = connect.load_schema(settings)
     return f"{settings.model.schema_file}: {len(schema.columns)} features, hash {schema.hash}"
 
 
 def _kafka(settings: Settings) -> str:
-    info = connect(build.kafka_config(settings), settings.kafka.connect_timeout_s)
+    info = describe(connect.kafka_config(settings), settings.kafka.connect_timeout_s)
     return f"{settings.kafka.bootstrap}: {len(info.brokers)} broker(s), cluster {info.cluster_id}"
 
 
 def _topics(settings: Settings) -> str:
-    names = build.all_topics(settings)
-    build.require_topics(settings, names)
+    names = connect.all_topics(settings)
+    connect.require_topics(settings, names)
     return ", ".join(names)
 
 
 def _redis(settings: Settings) -> str:
-    config = build.redis_config(settings)
-    check_meta(config, read_meta(config), build.entity_layouts(build.load_schema(settings)))
+    config = connect.redis_config(settings)
+    check_meta(config, read_meta(config), connect.entity_layouts(connect.load_schema(settings)))
     return f"{config.where}: features of this schema, {config.buckets} buckets"
 
 
 def _model(settings: Settings) -> str:
-    schema: FeatureSchema = build.load_schema(settings)
+    schema: FeatureSchema = connect.load_schema(settings)
     store = DirectoryStore(Path(settings.model.store))
     current = store.current()
     if current is None:
@@ -79,7 +80,7 @@ def _model(settings: Settings) -> str:
 
 
 def _trainer(settings: Settings) -> str:
-    build.trainer_policy(settings, build.load_schema(settings))
+    build.trainer_policy(settings, connect.load_schema(settings))
     build.method_of(settings)
     trainer = settings.trainer
     return (
@@ -91,8 +92,8 @@ def _trainer(settings: Settings) -> str:
 def run_topics_create(settings: Settings) -> int:
     """Create the topics that are not there, and say which."""
     kafka = settings.kafka
-    plan = TopicPlan(build.all_topics(settings), kafka.partitions, kafka.replication)
-    created = create_topics(build.kafka_config(settings), plan, kafka.connect_timeout_s)
-    for name in build.all_topics(settings):
+    plan = TopicPlan(connect.all_topics(settings), kafka.partitions, kafka.replication)
+    created = create_topics(connect.kafka_config(settings), plan, kafka.connect_timeout_s)
+    for name in connect.all_topics(settings):
         typer.echo(f"{name}: {'created' if name in created else 'was there'}")
     return 0

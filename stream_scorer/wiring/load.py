@@ -18,7 +18,7 @@ from stream_scorer.adapters.feature_writer import FeatureWriter
 from stream_scorer.core.errors import ConfigurationError
 from stream_scorer.core.packed import Entity
 from stream_scorer.settings import Settings
-from stream_scorer.wiring import build
+from stream_scorer.wiring import connect
 
 CHUNK = 5_000
 Table = dict[str, list[Any]]  # column name -> values of a chunk
@@ -29,8 +29,8 @@ def run_features_load(settings: Settings, file: Path, entity: str, id_column: st
     if entity not in ("user", "item"):
         raise ConfigurationError(f"--entity must be user or item, got {entity!r}")
     kind = cast("Entity", entity)
-    layouts = build.entity_layouts(build.load_schema(settings))
-    writer = FeatureWriter(build.redis_config(settings), layouts)
+    layouts = connect.entity_layouts(connect.load_schema(settings))
+    writer = FeatureWriter(connect.redis_config(settings), layouts)
     now_ms = time.time_ns() // 1_000_000
     written = 0
     try:

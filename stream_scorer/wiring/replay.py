@@ -34,7 +34,7 @@ from stream_scorer.core.records import OutRecord, TopicPartition
 from stream_scorer.embedded.datasets import DATASETS
 from stream_scorer.embedded.replay import FeatureUpdate, InFlight, Layouts, Replay, ReplayOptions, Request
 from stream_scorer.settings import Settings
-from stream_scorer.wiring import build
+from stream_scorer.wiring import connect
 
 OUTSTANDING = 2_000  # requests that may wait for their scores
 BATCH = 200  # requests whose features are written in one go
@@ -74,14 +74,14 @@ def schema_text(dataset: str) -> str:
 
 def run_replay(settings: Settings, command: ReplayCommand, stop: threading.Event) -> int:
     """0 when every request was scored exactly once, else 1."""
-    schema = build.load_schema(settings)
+    schema = connect.load_schema(settings)
     if schema != FeatureSchema.from_toml(schema_text(command.dataset)):
         raise ConfigurationError(
             f"{settings.model.schema_file} is not the schema of {command.dataset}: write it with "
             f"`stream-scorer replay {command.dataset} {command.path} --print-schema > {settings.model.schema_file}`"
         )
     topics = settings.kafka.topics
-    build.require_topics(settings, [topics.requests, topics.scores, topics.feedback])
+    connect.require_topics(settings, [topics.requests, topics.scores, topics.feedback])
     started_s = time.monotonic()
     with ExitStack() as stack:
         bar = stack.enter_context(
@@ -147,10 +147,10 @@ class _Driver:
     """Writes features, asks, tells, and counts the scores that come back."""
 
     def __init__(self, settings: Settings, schema: FeatureSchema, stack: ExitStack) -> None:
-        kafka, clock = build.kafka_config(settings), SystemClock()
+        kafka, clock = connect.kafka_config(settings), SystemClock()
         self._topics = settings.kafka.topics
         self._run_id = f"replay-{uuid.uuid4().hex[:8]}"
-        self._writer = FeatureWriter(build.redis_config(settings), build.entity_layouts(schema))
+        self._writer = FeatureWriter(connect.redis_config(settings), connect.entity_layouts(schema))
         stack.callback(self._writer.close)
         self._scores = KafkaSource(kafka, [self._topics.scores], self._run_id, PrometheusMetrics(__version__))
         stack.callback(self._scores.close)

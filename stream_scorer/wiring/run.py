@@ -29,7 +29,7 @@ from stream_scorer.hotswap import Mailbox, Watcher
 from stream_scorer.scorer import Scorer, ScorerPorts
 from stream_scorer.settings import Settings
 from stream_scorer.trainer import Trainer, TrainerPorts
-from stream_scorer.wiring import build
+from stream_scorer.wiring import build, connect
 from stream_scorer.wiring.processes import Child
 from stream_scorer.wiring.status import StatusLines
 
@@ -41,13 +41,13 @@ def run_score(settings: Settings, config: Path | None, workers: int, stop: threa
     """Score until ``stop`` is set; 0 when everything in flight was published and committed."""
     if workers > 1:
         return _run_workers(config, workers, stop, Path(settings.model.store))
-    schema = build.load_schema(settings)
+    schema = connect.load_schema(settings)
     topics = settings.kafka.topics
     needed = [topics.requests, topics.scores, topics.rejects, *([topics.served] if settings.scorer.served else [])]
-    build.require_topics(settings, needed)
+    connect.require_topics(settings, needed)
     clock, metrics = SystemClock(), PrometheusMetrics(__version__)
-    kafka = build.kafka_config(settings)
-    features = RedisFeatures(build.redis_config(settings), build.entity_layouts(schema), metrics)
+    kafka = connect.kafka_config(settings)
+    features = RedisFeatures(connect.redis_config(settings), connect.entity_layouts(schema), metrics)
     features.verify()
     mailbox = Mailbox()
     watcher = Watcher(
@@ -93,10 +93,10 @@ def _scorer_status(scorer: Scorer) -> dict[str, Any]:
 
 def run_train(settings: Settings, stop: threading.Event, status: bool) -> int:
     """Learn until ``stop`` is set; 0 when the last checkpoint was written and committed."""
-    schema = build.load_schema(settings)
+    schema = connect.load_schema(settings)
     topics = settings.kafka.topics
-    build.require_topics(settings, [topics.served, topics.feedback, topics.rejects])
-    clock, metrics, kafka = SystemClock(), PrometheusMetrics(__version__), build.kafka_config(settings)
+    connect.require_topics(settings, [topics.served, topics.feedback, topics.rejects])
+    clock, metrics, kafka = SystemClock(), PrometheusMetrics(__version__), connect.kafka_config(settings)
     source = KafkaSource(kafka, [topics.served, topics.feedback], settings.kafka.trainer_group, metrics)
     sink = KafkaSink(kafka)
     ports = TrainerPorts(

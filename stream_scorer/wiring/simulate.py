@@ -26,7 +26,7 @@ from stream_scorer.embedded.market_features import MARKET_TOML
 from stream_scorer.embedded.plan import DemoPlan, SimulatorPlan, Wire
 from stream_scorer.embedded.simulator import Simulator
 from stream_scorer.settings import Settings
-from stream_scorer.wiring import build
+from stream_scorer.wiring import connect
 from stream_scorer.wiring.status import StatusLines
 
 DRAIN_S = 15.0
@@ -36,17 +36,17 @@ def run_simulate(
     settings: Settings, rate: float, seed: int, duration_s: float, stop: threading.Event, status: bool
 ) -> int:
     """0 when every request was scored, else 1."""
-    schema = build.load_schema(settings)
+    schema = connect.load_schema(settings)
     if schema != FeatureSchema.from_toml(MARKET_TOML):
         raise ConfigurationError(
             f"{settings.model.schema_file} is not the simulated market's schema: use deploy/features.toml"
         )
     topics = settings.kafka.topics
-    build.require_topics(settings, [topics.requests, topics.scores, topics.feedback])
-    layouts, clock, kafka = build.entity_layouts(schema), SystemClock(), build.kafka_config(settings)
+    connect.require_topics(settings, [topics.requests, topics.scores, topics.feedback])
+    layouts, clock, kafka = connect.entity_layouts(schema), SystemClock(), connect.kafka_config(settings)
     run_id = f"sim-{uuid.uuid4().hex[:8]}"
     with ExitStack() as stack:
-        writer = FeatureWriter(build.redis_config(settings), layouts)
+        writer = FeatureWriter(connect.redis_config(settings), layouts)
         stack.callback(writer.close)
         source = KafkaSource(kafka, [topics.scores], run_id, PrometheusMetrics(__version__))
         stack.callback(source.close)

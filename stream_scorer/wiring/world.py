@@ -20,7 +20,7 @@ from stream_scorer.embedded.market_features import MARKET_TOML
 from stream_scorer.embedded.plan import DemoPlan
 from stream_scorer.embedded.redis import EmbeddedRedis
 from stream_scorer.settings import Settings, Topics, load
-from stream_scorer.wiring import build
+from stream_scorer.wiring import connect
 
 PARTITIONS = 2
 TOPICS_TIMEOUT_S = 30.0
@@ -86,7 +86,7 @@ def _redis(stack: ExitStack, options: WorldOptions) -> tuple[str, str]:
 
 
 def _own_topics(stack: ExitStack, settings: Settings, topics: Topics) -> None:
-    config = build.kafka_config(settings)
+    config = connect.kafka_config(settings)
     names = list(topics.model_dump().values())
     create_topics(config, TopicPlan(names, PARTITIONS, 1), TOPICS_TIMEOUT_S)
     stack.callback(delete_topics, config, names, TOPICS_TIMEOUT_S)
@@ -94,8 +94,8 @@ def _own_topics(stack: ExitStack, settings: Settings, topics: Topics) -> None:
 
 def announce(settings: Settings) -> None:
     """Note the schema in Redis before anything is written: a scorer refuses to start on features it cannot read."""
-    layouts = build.entity_layouts(build.load_schema(settings))
-    writer = FeatureWriter(build.redis_config(settings), layouts)
+    layouts = connect.entity_layouts(connect.load_schema(settings))
+    writer = FeatureWriter(connect.redis_config(settings), layouts)
     try:
         for entity, layout in layouts.items():
             writer.write(entity, [], zero_block(layout, 0), np.zeros(0, np.int64))
@@ -104,7 +104,7 @@ def announce(settings: Settings) -> None:
 
 
 def _forget_features(settings: Settings) -> None:
-    writer = FeatureWriter(build.redis_config(settings), build.entity_layouts(build.load_schema(settings)))
+    writer = FeatureWriter(connect.redis_config(settings), connect.entity_layouts(connect.load_schema(settings)))
     try:
         writer.forget()
     finally:

@@ -148,10 +148,10 @@ class Loop:
 
     def forget(self) -> None:
         """Leave no keys behind."""
-        from stream_scorer.wiring import build
+        from stream_scorer.wiring import connect
 
-        layouts = build.entity_layouts(build.load_schema(self.settings))
-        writer = FeatureWriter(build.redis_config(self.settings), layouts)
+        layouts = connect.entity_layouts(connect.load_schema(self.settings))
+        writer = FeatureWriter(connect.redis_config(self.settings), layouts)
         writer.forget()
         writer.close()
 
