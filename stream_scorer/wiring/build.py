@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from esmm.checkpoint import CheckpointError, load_version, probe, save_version
-from esmm.delay import Method, method_named
+import numpy as np
+import structlog
+
+from esmm.batch import RankBatch, Scores
+from esmm.checkpoint import CheckpointError, Loaded, golden_batch, load_version, probe, save_version
+from esmm.delay import Method, method_named, served_ctcvr
 from esmm.features import FeatureSchema
 from esmm.learner import Evaluator, Learner, LearnerConfig
 from esmm.model import ESMM
 from esmm.optim import RowRule
+from esmm.predictor.build import build_predictor
 from esmm.predictor.config import PredictorConfig
-from esmm.predictor.fast import FastPredictor
 from stream_scorer import __version__
 from stream_scorer.core.codec import RequestLimits
 from stream_scorer.core.errors import ConfigurationError, ModelRefused
@@ -22,10 +27,12 @@ from stream_scorer.core.rejects import StormPolicy
 from stream_scorer.core.scoreboard import ScoreboardPolicy
 from stream_scorer.core.served import ServedLayout
 from stream_scorer.core.watermark import WatermarkPolicy
-from stream_scorer.ports import Predictor, VersionInfo
+from stream_scorer.ports import Pending, Predictor, VersionInfo
 from stream_scorer.scorer import ScorerPolicy
 from stream_scorer.settings import Settings
 from stream_scorer.trainer import TrainerPolicy
+
+_log = structlog.get_logger("stream_scorer")
 
 
 def predictor_config(settings: Settings) -> PredictorConfig:
@@ -47,13 +54,53 @@ def loader(schema: FeatureSchema, config: PredictorConfig) -> Callable[[VersionI
         try:
             loaded = load_version(info.path, schema.hash)
             probe(loaded)
-            predictor = FastPredictor(loaded.model, info.version, config)
-            predictor.warm()
+            predictor = _predictor(loaded, info.version, config)
         except CheckpointError as error:
             raise ModelRefused(info.version, error.reason, error.detail) from error
+        except ValueError as error:
+            raise ModelRefused(info.version, "probe", str(error)) from error
         return predictor
 
     return load
+
+
+def _predictor(loaded: Loaded, version: int, config: PredictorConfig) -> Predictor:
+    """Warm, compared with the plain path on the golden rows; a method's correction of CTCVR applied where it has one."""
+    golden = None if loaded.golden is None else golden_batch(loaded.golden)
+    predictor = build_predictor(loaded.model, version, config, golden)
+    if predictor.served.warning is not None:
+        _log.warning("served in float32", version=version, reason=predictor.served.warning)
+    if loaded.manifest.get("ctcvr_correction") == "odds":
+        return OddsCorrected(predictor)
+    return predictor
+
+
+class OddsCorrected:
+    """A predictor of a model that learned q = t / (1 + t): publishes t (`esmm.delay.served_ctcvr`)."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        """``predictor`` is closed with this one."""
+        self._predictor = predictor
+
+    @property
+    def version(self) -> int:
+        """The model version."""
+        return self._predictor.version
+
+    def launch(self, batch: RankBatch) -> Pending:
+        """See `stream_scorer.ports.Predictor`."""
+        return self._predictor.launch(batch)
+
+    def collect(self, pending: Any) -> Scores:
+        """See `stream_scorer.ports.Predictor`; CVR is what the corrected CTCVR says of it."""
+        scores = self._predictor.collect(pending)
+        ctcvr_B = served_ctcvr(scores.ctr_B, scores.ctcvr_B)
+        cvr_B = np.divide(ctcvr_B, scores.ctr_B, out=np.zeros_like(ctcvr_B), where=scores.ctr_B > 0)
+        return scores._replace(cvr_B=np.minimum(cvr_B, 1.0), ctcvr_B=ctcvr_B)
+
+    def close(self) -> None:
+        """See `stream_scorer.ports.Predictor`."""
+        self._predictor.close()
 
 
 def served_layout(schema: FeatureSchema) -> ServedLayout:

@@ -1,0 +1,1 @@
+"""Scoring speed against peers and the machine's limit: ``python -m tests.bench.speed``. Start at __main__.py."""

@@ -1,0 +1,52 @@
+"""What wiring adds to a predictor: the correction of a method that learns odds, refusals by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esmm.checkpoint import load_version, save_version
+from esmm.features import DenseFeat, FeatureSchema, SparseFeat
+from esmm.model import ESMM
+from esmm.predictor.config import PredictorConfig
+from stream_scorer.core.errors import ModelRefused
+from stream_scorer.ports import VersionInfo
+from stream_scorer.wiring import build
+
+SCHEMA = FeatureSchema([SparseFeat("u", 9, 4, source="user"), DenseFeat("x", 2, source="item")])
+
+
+def version(path: Path, **manifest: str) -> VersionInfo:
+    path.mkdir()
+    model = ESMM(SCHEMA, tower_dnn_hidden_units=(8, 4), init_std=0.5)
+    return VersionInfo(3, path, save_version(path, model, manifest))
+
+
+def scores(info: VersionInfo):
+    from esmm.checkpoint import golden_batch
+
+    golden = load_version(info.path).golden
+    assert golden is not None
+    predictor = build.loader(SCHEMA, PredictorConfig(cache_items=0))(info)
+    try:
+        return predictor.collect(predictor.launch(golden_batch(golden)))
+    finally:
+        predictor.close()
+
+
+def test_odds_are_turned_back_into_probabilities(tmp_path):
+    plain, odds = scores(version(tmp_path / "a")), scores(version(tmp_path / "b", ctcvr_correction="odds"))
+    q = plain.ctcvr_B
+    np.testing.assert_allclose(odds.ctcvr_B, np.minimum(q / (1 - q), plain.ctr_B), rtol=1e-5)
+    np.testing.assert_allclose(odds.ctr_B * odds.cvr_B, odds.ctcvr_B, rtol=1e-5)
+    assert odds.model_version == 3
+
+
+def test_a_version_of_another_schema_is_refused_by_name(tmp_path):
+    info = version(tmp_path / "a")
+    other = FeatureSchema([SparseFeat("u", 9, 4, source="user")])
+    with pytest.raises(ModelRefused) as caught:
+        build.loader(other, PredictorConfig())(info)
+    assert caught.value.reason == "schema"
