@@ -1,6 +1,6 @@
-"""A streaming recommendation scorer: requests in on Kafka, CTR, CVR and CTCVR scores out, labels back, models swapped live.
+"""A streaming recommendation scorer: requests in, CTR, CVR and CTCVR out, labels back, models swapped live.
 
-For a guided tour read ``core/messages.py``, ``scorer.py``, ``core/join.py``, ``trainer.py``, ``hotswap.py`` in this order.
+For a guided tour read ``core/messages.py``, ``scorer.py``, ``core/join.py``, ``trainer/loop.py``, ``hotswap.py``.
 """
 
 __version__ = "0.1.0"

@@ -250,7 +250,7 @@ class Checkpoints(Protocol):
     def save(
         self, write: Callable[[Path], None], state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     ) -> int:
-        """``write`` fills a directory with its own files; with ``state`` and ``arrays`` it appears as the next number."""
+        """``write`` fills a directory; with ``state`` and ``arrays`` it appears as the next number."""
         ...
 
     def restore(self, read: Callable[[SavedCheckpoint], None]) -> int | None:

@@ -218,7 +218,7 @@ def _explain(problem: dict[str, Any]) -> str:
 
 
 def masked(settings: Settings) -> dict[str, Any]:
-    """Plain data for ``--print-config``: every secret replaced by stars, also inside ``kafka.options`` and the Redis URL."""
+    """Plain data for ``--print-config``: secrets are stars, also inside ``kafka.options`` and the Redis URL."""
     data = settings.model_dump(mode="json")
     data["kafka"]["password"] = "********" if settings.kafka.password.get_secret_value() else ""
     data["redis"]["url"] = mask_url(settings.redis.url.get_secret_value())

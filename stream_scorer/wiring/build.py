@@ -65,7 +65,7 @@ def loader(schema: FeatureSchema, config: PredictorConfig) -> Callable[[VersionI
 
 
 def _predictor(loaded: Loaded, version: int, config: PredictorConfig) -> Predictor:
-    """Warm, compared with the plain path on the golden rows; a method's correction of CTCVR applied where it has one."""
+    """Warm, compared with the plain path on the golden rows, with the method's correction of CTCVR if any."""
     golden = None if loaded.golden is None else golden_batch(loaded.golden)
     predictor = build_predictor(loaded.model, version, config, golden)
     if predictor.served.warning is not None:
