@@ -172,12 +172,10 @@ class TinyLearner:
     def step(self, examples: Examples) -> StepStats:
         ctr_B, ctcvr_B = self.predict(examples)
         x = self._x(examples)
-        first = examples.kind_B == Kind.FIRST
+        first, matured = examples.kind_B == Kind.FIRST, examples.kind_B == Kind.MATURED
         cvr_B = 1 / (1 + np.exp(-x @ self.weights[1]))
-        clicked = (examples.kind_B != Kind.MATURED) & (examples.click_B == 1)
-        n = max(1, int(first.sum()))
-        self.weights[0] += self.rate * ((examples.click_B - ctr_B) * first) @ x / n
-        self.weights[1] += self.rate * ((examples.conversion_B - cvr_B) * clicked) @ x / n
+        self.weights[0] += self.rate * ((examples.click_B - ctr_B) * first) @ x / examples.rows
+        self.weights[1] += self.rate * ((examples.conversion_B - cvr_B) * matured) @ x / examples.rows
         self.seen.append(examples.rows)
         return StepStats(examples.rows, int(first.sum()), 0.0, ctr_B, ctcvr_B, bool(np.isfinite(self.weights).all()))
 
@@ -237,15 +235,29 @@ class TrainerWorld:
 
     def until_idle(self) -> None:
         """Step until everything that arrived was taken."""
-        for _ in range(100_000):
-            if not self.trainer.step() and self.source.exhausted and not len(self.trainer._merge):
+        for _ in range(10_000):
+            self.turn()
+            if self.at_rest:
                 return
         raise AssertionError("the trainer does not come to rest")
 
+    @property
+    def at_rest(self) -> bool:
+        """Everything that arrived was read and taken."""
+        return self.source.exhausted and not len(self.trainer._merge)
+
+    def turn(self) -> int:
+        """One step; how many records it took. Time passes only while the merge waits for a partition without any."""
+        taken = self.trainer.step()
+        if not taken and self.source.exhausted and not self.at_rest:
+            self.clock.advance(0.25)
+        return taken
+
     def quiet(self, seconds: float) -> None:
-        """Nothing arrives for a while."""
-        for _ in range(int(seconds / 0.5) + 1):
-            self.clock.advance(0.5)
+        """Nothing arrives for so long."""
+        while seconds > 0:
+            self.clock.advance(min(0.5, seconds))
+            seconds -= 0.5
             self.trainer.step()
 
     def with_policy(self, **fields: Any) -> TrainerWorld:

@@ -1,14 +1,22 @@
 """An alarm on the learner's input: stop learning before a broken feature or label stream does harm. Pure.
 
-Each step's rows are compared with a slow average of the steps before: the mean of every dense column, the share of rows
-with an id in every id slot, and over the last ``label_steps`` steps the shares of clicks (of first emissions) and of
-conversions (of clicks). A step is alarming when one of them is further from its average than ``sigmas`` standard
-deviations (the larger of that between steps and that of sampling) plus ``tolerance`` of its size, or when a dense
-column that always varied within a step has been constant for some steps. What is often the same for all rows of a step
-(the hour of the day) is not judged.
+Three questions, each over enough rows to be answered, and never over a step alone:
 
-While the alarm is on nothing is learned and the average stands still. It ends after ``heal_steps`` ordinary steps, or
-when ``adopt_steps`` steps in a row were alarming: then that is how the world is now, and the average starts afresh.
+- *shift*: over the last 256, 1,024 and 4,096 rows, is the mean of a dense column, or the share of rows with an id in a
+  slot, further from its slow average than ``sigmas`` standard errors, and by more than ``tolerance`` of its size? Rows
+  come in clusters (the items of one request share a user), so ``cluster_rows`` rows say as much as one; a column that
+  moves together more than that is known by its own history. Values far out are cut, so that a few of them are no shift.
+  Of ids only the loss is judged.
+- *constant*: has a dense column shown one value for ``CONSTANT_ROWS`` rows, that never did so for `OFTEN_ROWS` before?
+- *clicks*, *conversions*: has the share of clicks (of impressions) or of conversions (of clicks) changed, over at least
+  ``label_clicks`` clicks? Impressions are counted by when they were shown, once all their rows are known to be out:
+  clicked rows come an observation window later, so counted as they come a pause or a start would change the share.
+
+Features are judged on unclicked first emissions only: clicked and matured rows are a selection, and come in bursts.
+
+While the alarm is on nothing is learned and the averages stand still. It ends after ``heal_rows`` rows that would pass
+at `HEAL` of what is allowed, or when ``adopt_rows`` rows in a row were alarming: then that is how the world is now, and
+the averages start afresh.
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,24 +32,35 @@ from numpy.typing import NDArray
 from esmm.batch import Examples, Kind
 
 Float64 = NDArray[np.float64]
-Bool = NDArray[np.bool_]
-CONSTANT_STEPS = 3
+SCALES: Final = (256, 1_024, 4_096)  # rows
+ENTRY_ROWS: Final = 64  # smaller steps are put together
+CUT_SIGMAS: Final = 5.0
+CONSTANT_ROWS: Final = 2_000
+OFTEN_ROWS: Final = 500
+ID_SHARE: Final = 0.2  # a slot that is filled less often is not judged
+ID_VARIANCE: Final = 0.01  # at least: a slot that was always filled may be empty now and then
+LABEL_SCALES: Final = (1, 2, 5)  # times ``label_clicks``
+LABEL_ROWS: Final = 256
+LABEL_COHORTS: Final = 16  # a cohort of impressions is this share of the time after which its labels are known
+CONVERSION_CLUSTER: Final = 3.0  # clicks of one user
+HEAL: Final = 0.6  # a window that is half broken and half healed must not end the alarm, nor start it again
 
 
 @dataclass(frozen=True, slots=True)
 class DriftPolicy:
-    """When to stop and when to go on. Counted in steps."""
+    """When to stop and when to go on. Counted in rows."""
 
     enabled: bool = True
     sigmas: float = 8.0
-    tolerance: float = 0.5  # of the average's size: slow change is the learner's business, not the alarm's
-    warmup_steps: int = 30
-    half_life_steps: float = 100.0
-    min_rows: int = 64  # smaller steps are not judged
-    heal_steps: int = 3
-    adopt_steps: int = 500
-    label_steps: int = 10
     label_sigmas: float = 5.0
+    tolerance: float = 0.5  # of the average's size: slow change is the learner's business, not the alarm's
+    cluster_rows: float = 10.0  # this many rows say as much as one
+    warmup_rows: int = 5_000
+    half_life_rows: float = 20_000.0
+    label_clicks: int = 200  # the least to judge a share by; the average needs twice as many
+    label_half_life_clicks: float = 4_000.0
+    heal_rows: int = 500
+    adopt_rows: int = 50_000
 
 
 class Verdict(NamedTuple):
@@ -52,37 +71,16 @@ class Verdict(NamedTuple):
     detail: str
 
 
-class _Seen(NamedTuple):
-    """One step: C columns, then the two label shares."""
-
-    mean_C: Float64
-    variance_C: Float64  # within the step
-    rows_C: Float64
-    always_C: Bool  # judged even when it is constant: a user or an item without an id is never ordinary
-
-
-class _Against(NamedTuple):
-    """What is compared with the average: columns without rows are not."""
-
-    mean_C: Float64
-    rows_C: Float64
-    between_C: Float64  # variance between values like these
-    sigmas: float
-
-
 class DriftAlarm:
     """Ask `check` before every step."""
 
-    def __init__(self, policy: DriftPolicy) -> None:
-        """Nothing known yet."""
+    def __init__(self, policy: DriftPolicy, click_window_ms: int = 0, observation_window_ms: int = 0) -> None:
+        """Nothing known yet. The windows are the join's: they say when the labels of an impression are all out."""
         self._policy = policy
-        self._steps = 0
-        self._mean_C = self._between_C = self._within_C = np.zeros(0)
-        self._constant_C = np.zeros(0, np.int64)  # steps in a row in which a column was constant
-        self._often_C = np.zeros(0, np.bool_)  # ... and whether that is nothing new
-        self._labels: deque[list[list[float]]] = deque(maxlen=policy.label_steps)  # a step: [share, rows] a label
-        self.alarming = 0  # alarming steps in a row, less the ordinary ones since
-        self._ordinary = 0
+        self._columns = _Columns(policy)
+        self._labels = _Labels(policy, click_window_ms, observation_window_ms)
+        self.alarming = 0  # rows in a row
+        self._ordinary = 0  # rows since
         self._reason = ""
 
     @property
@@ -92,126 +90,308 @@ class DriftAlarm:
 
     def check(self, examples: Examples) -> Verdict:
         """Whether to learn from these rows."""
-        if not self._policy.enabled or examples.rows < self._policy.min_rows:
-            return Verdict(self._reason == "", self._reason, "")
-        seen = _look(examples)
-        if len(seen.mean_C) != len(self._mean_C):
-            self._start(seen)
-        self._constant_C = np.where(seen.variance_C == 0, self._constant_C + 1, 0)
-        self._constant_C[-2:] = 0  # the label shares have a test of their own
-        self._labels.append([[share, rows] for share, rows in zip(seen.mean_C[-2:], seen.rows_C[-2:], strict=True)])
-        reason, detail = self._judge(seen)
+        if not self._policy.enabled:
+            return Verdict(True, "", "")
+        first_B = examples.kind_B == Kind.FIRST
+        self._columns.add(examples.take(np.flatnonzero(first_B & (examples.click_B == 0))))
+        self._labels.add(examples.take(np.flatnonzero(first_B)))
+        strict = HEAL if self._reason else 1.0
+        reason, detail = self._columns.judge(strict)
+        if not reason:
+            reason, detail = self._labels.judge(strict)
         if reason:
-            return self._alarm(seen, reason, detail)
+            return self._alarm(examples.rows, reason, detail)
         self.alarming = 0
         if self._reason:
-            self._ordinary += 1
-            if self._ordinary < self._policy.heal_steps:
-                return Verdict(False, self._reason, "waiting for ordinary steps")
+            self._ordinary += examples.rows
+            if self._ordinary < self._policy.heal_rows:
+                return Verdict(False, self._reason, "waiting for ordinary rows")
             self._reason = ""
-        self._learn(seen)
+        self._columns.learn()
+        self._labels.learn()
         return Verdict(True, "", "")
 
-    def _alarm(self, seen: _Seen, reason: str, detail: str) -> Verdict:
-        self.alarming += 1
+    def _alarm(self, rows: int, reason: str, detail: str) -> Verdict:
+        self.alarming += rows
         self._ordinary = 0
-        if self.alarming >= self._policy.adopt_steps:
-            self._start(seen)
-            self._reason = ""
-            return Verdict(True, "", f"adopted after {self._policy.adopt_steps} steps: {detail}")
         self._reason = reason
-        return Verdict(False, reason, detail)
-
-    def _start(self, seen: _Seen) -> None:
-        self._steps = self.alarming = self._ordinary = 0
-        self._mean_C = seen.mean_C.copy()
-        self._within_C = seen.variance_C.copy()
-        self._between_C = np.zeros_like(seen.mean_C)
-        self._constant_C = np.zeros(len(seen.mean_C), np.int64)
-        self._often_C = np.zeros(len(seen.mean_C), np.bool_)
-
-    def _judge(self, seen: _Seen) -> tuple[str, str]:
-        if self._steps < self._policy.warmup_steps:
-            return "", ""
-        judged_C = seen.always_C | ~self._often_C
-        for reason, at, mean in (
-            self._furthest(_Against(seen.mean_C, seen.rows_C, self._between_C, self._policy.sigmas), judged_C),
-            self._furthest(self._recent_labels(seen), judged_C),
-        ):
-            if reason:
-                return reason, f"column {at}: mean {mean:.4g}, it was {self._mean_C[at]:.4g}"
-        fallen_C = (self._constant_C >= CONSTANT_STEPS) & ~self._often_C
-        if fallen_C.any():
-            return "constant", f"column {int(fallen_C.argmax())} is the same in every row"
-        return "", ""
-
-    def _furthest(self, now: _Against, judged_C: Bool) -> tuple[str, int, float]:
-        """The column furthest from its average, with a reason if that is too far."""
-        noise_C = np.sqrt(np.maximum(now.between_C, self._within_C / np.maximum(now.rows_C, 1)))
-        allowed_C = now.sigmas * noise_C + self._policy.tolerance * np.abs(self._mean_C) + 1e-6
-        excess_C = np.where(judged_C & (now.rows_C > 0), np.abs(now.mean_C - self._mean_C) / allowed_C, 0.0)
-        at = int(excess_C.argmax())
-        names = {len(excess_C) - 2: "clicks", len(excess_C) - 1: "conversions"}
-        return names.get(at, "shift") if excess_C[at] > 1 else "", at, float(now.mean_C[at])
-
-    def _recent_labels(self, seen: _Seen) -> _Against:
-        """The label shares over the last steps instead of this one: they are noisy, and so are judged together."""
-        recent = np.array(self._labels)  # (steps, 2, 2)
-        mean_C, rows_C, between_C = seen.mean_C.copy(), seen.rows_C.copy(), self._between_C.copy()
-        rows_C[-2:] = recent[:, :, 1].sum(axis=0)
-        mean_C[-2:] = (recent[:, :, 0] * recent[:, :, 1]).sum(axis=0) / np.maximum(rows_C[-2:], 1)
-        between_C[-2:] /= len(recent)
-        rows_C[:-2] = 0
-        return _Against(mean_C, rows_C, between_C, self._policy.label_sigmas)
-
-    def _learn(self, seen: _Seen) -> None:
-        self._steps += 1
-        self._often_C |= self._constant_C >= CONSTANT_STEPS
-        share = max(1 / (self._steps + 1), 1 - 0.5 ** (1 / self._policy.half_life_steps))
-        share_C = np.where(seen.rows_C > 0, share, 0.0)
-        delta_C = seen.mean_C - self._mean_C
-        usual_C = 3 * np.sqrt(np.maximum(self._between_C, self._within_C / np.maximum(seen.rows_C, 1))) + 1e-12
-        self._mean_C += share_C * delta_C
-        # a rare large step must not make large steps look ordinary
-        self._between_C += share_C * (np.minimum(np.abs(delta_C), usual_C) ** 2 * (1 - share) - self._between_C)
-        self._within_C += share_C * (seen.variance_C - self._within_C)
+        if self.alarming < self._policy.adopt_rows:
+            return Verdict(False, reason, detail)
+        self._columns.forget()
+        self._labels.forget()
+        self.alarming, self._reason = 0, ""
+        return Verdict(True, "", f"adopted after {self._policy.adopt_rows} rows: {detail}")
 
     def state(self) -> dict[str, Any]:
         """JSON data for a checkpoint."""
         return {
-            "steps": self._steps, "alarming": self.alarming, "ordinary": self._ordinary, "reason": self._reason,
-            "mean": self._mean_C.tolist(), "between": self._between_C.tolist(), "within": self._within_C.tolist(),
-            "constant": self._constant_C.tolist(), "often": self._often_C.tolist(), "labels": list(self._labels),
-        }  # fmt: skip
+            "alarming": self.alarming,
+            "ordinary": self._ordinary,
+            "reason": self._reason,
+            "columns": self._columns.state(),
+            "labels": self._labels.state(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
-        self._steps, self.alarming, self._ordinary = state["steps"], state["alarming"], state["ordinary"]
-        self._reason = state["reason"]
-        self._mean_C, self._between_C = np.array(state["mean"]), np.array(state["between"])
-        self._within_C = np.array(state["within"])
-        self._labels = deque(state["labels"], maxlen=self._policy.label_steps)
-        self._constant_C, self._often_C = np.array(state["constant"], np.int64), np.array(state["often"], np.bool_)
+        self.alarming, self._ordinary, self._reason = state["alarming"], state["ordinary"], state["reason"]
+        self._columns.restore(state["columns"])
+        self._labels.restore(state["labels"])
 
 
-def _look(examples: Examples) -> _Seen:
-    first_B = examples.kind_B == Kind.FIRST
-    clicked_B = first_B & (examples.click_B == 1)
-    blocks = (examples.user, examples.item, examples.context)
-    parts = [b.dense_ND for b in blocks] + [b.ids_NS != 0 for b in blocks]
-    columns_BC = np.concatenate([part.astype(np.float64) for part in parts], axis=1)
-    shares = np.array([_share(examples.click_B, first_B), _share(examples.conversion_B, clicked_B)])
-    mean_C = np.concatenate([columns_BC.mean(axis=0), shares])
-    variance_C = np.concatenate([columns_BC.var(axis=0), shares * (1 - shares)])
-    variance_C[:-2][(columns_BC == columns_BC[:1]).all(axis=0)] = 0.0  # rounding must not hide a constant
-    rows_C = np.full(len(mean_C), examples.rows, np.float64)
-    rows_C[-2:] = first_B.sum(), clicked_B.sum()
-    always_C = np.zeros(len(mean_C), np.bool_)
-    ids_from = sum(b.dense_ND.shape[1] for b in blocks)
-    always_C[ids_from : ids_from + sum(b.ids_NS.shape[1] for b in blocks[:2])] = True
-    always_C[-2:] = True
-    return _Seen(mean_C, variance_C, rows_C, always_C)
+class _Step(NamedTuple):
+    """What `_Columns.learn` needs of the rows just added; C columns, dense ones first."""
+
+    rows: int
+    mean_C: Float64  # of values that are cut
+    variance_C: Float64
+    ended_C: Float64  # how long the run of one value was that ended here
 
 
-def _share(label_B: NDArray[np.float32], of_B: NDArray[np.bool_]) -> float:
-    return float(label_B[of_B].mean()) if of_B.any() else 0.0
+class _Columns:
+    """Dense columns, then the shares of id slots, over windows of rows against a slow average."""
+
+    def __init__(self, policy: DriftPolicy) -> None:
+        self._policy = policy
+        self._dense = 0  # so many of the columns
+        self.forget()
+
+    def forget(self) -> None:
+        """Start afresh."""
+        self._rows = 0  # in the average
+        self._mean_C = self._variance_C = self._last_C = self._run_C = self._longest_C = np.zeros(0)
+        self._effect_LC = np.zeros((len(SCALES), 0))  # how many times the variance of unrelated rows, at each scale
+        self._window: deque[tuple[float, Float64, Float64]] = deque()  # rows, sum of values, sum of values cut
+        self._step: _Step | None = None
+
+    def add(self, examples: Examples) -> None:
+        """Unclicked first emissions."""
+        self._step = None
+        if not examples.rows:
+            return
+        x_BC = self._look(examples)
+        if x_BC.shape[1] != len(self._mean_C):
+            self.forget()
+            width = x_BC.shape[1]
+            self._mean_C, self._variance_C, self._last_C = x_BC.mean(axis=0), x_BC.var(axis=0), x_BC[0]
+            self._run_C, self._longest_C = np.zeros(width), np.zeros(width)
+            self._effect_LC = np.zeros((len(SCALES), width))
+        cut_BC = x_BC
+        if self._rows >= self._policy.warmup_rows:
+            reach_C = CUT_SIGMAS * np.sqrt(self._variance_C)
+            reach_C[self._dense :] = 1.0
+            cut_BC = np.clip(x_BC, self._mean_C - reach_C, self._mean_C + reach_C)
+        self._step = _Step(len(x_BC), cut_BC.mean(axis=0), cut_BC.var(axis=0), self._runs(x_BC))
+        self._push(float(len(x_BC)), x_BC.sum(axis=0), cut_BC.sum(axis=0))
+
+    def _look(self, examples: Examples) -> Float64:
+        blocks = (examples.user, examples.item, examples.context)
+        self._dense = sum(block.dense_ND.shape[1] for block in blocks)
+        parts = [block.dense_ND for block in blocks] + [block.ids_NS != 0 for block in blocks]
+        return np.concatenate([part.astype(np.float64) for part in parts], axis=1)
+
+    def _runs(self, x_BC: Float64) -> Float64:
+        """Count rows of one value on; how long the runs were that ended (0: none)."""
+        rows = len(x_BC)
+        on_BC, end_BC = x_BC == self._last_C, x_BC[::-1] == x_BC[-1]
+        on_C, end_C = on_BC.all(axis=0), end_BC.all(axis=0)
+        ended_C = np.where(on_C, 0.0, self._run_C + on_BC.argmin(axis=0))
+        self._run_C = np.where(on_C, self._run_C + rows, np.where(end_C, rows, end_BC.argmin(axis=0)))
+        self._last_C = x_BC[-1]
+        return ended_C
+
+    def _push(self, rows: float, sum_C: Float64, cut_C: Float64) -> None:
+        window = self._window
+        if window and window[-1][0] < ENTRY_ROWS:
+            before = window.pop()
+            rows, sum_C, cut_C = rows + before[0], sum_C + before[1], cut_C + before[2]
+        window.append((rows, sum_C, cut_C))
+        kept = sum(entry[0] for entry in window)
+        while kept - window[0][0] >= SCALES[-1]:
+            kept -= window.popleft()[0]
+
+    def _recent(self) -> list[tuple[int, float, Float64, Float64]]:
+        """The scales that there are rows for: scale, rows, mean and mean of values cut."""
+        if not self._window:
+            return []
+        rows_W, sum_WC, cut_WC = (np.cumsum(np.array(part)[::-1], axis=0) for part in zip(*self._window, strict=True))
+        found = ((scale, int(np.searchsorted(rows_W, rows))) for scale, rows in enumerate(SCALES))
+        known = [(scale, at) for scale, at in found if at < len(rows_W)]
+        return [(scale, rows_W[at], sum_WC[at] / rows_W[at], cut_WC[at] / rows_W[at]) for scale, at in known]
+
+    def judge(self, strict: float) -> tuple[str, str]:
+        """Reason and detail, empty when all is well at ``strict`` times what is allowed."""
+        if self._rows < self._policy.warmup_rows:
+            return "", ""
+        shift = self._shift(strict)
+        stuck_C = ((self._run_C >= CONSTANT_ROWS) & (self._longest_C < OFTEN_ROWS))[: self._dense]
+        if shift or not stuck_C.any():
+            return ("shift", shift) if shift else ("", "")
+        at = int(stuck_C.argmax())
+        return "constant", f"{self._name(at)}: the same value for {self._run_C[at]:.0f} rows"
+
+    def _shift(self, strict: float) -> str:
+        """Which column is too far from its average."""
+        policy = self._policy
+        judged_C = self._longest_C < OFTEN_ROWS
+        judged_C[self._dense :] = self._mean_C[self._dense :] >= ID_SHARE
+        variance_C = self._variances()
+        size_C = np.maximum(np.abs(self._mean_C), np.sqrt(variance_C))
+        of_average = policy.cluster_rows / min(self._rows, policy.half_life_rows)
+        for scale, rows, mean_C, cut_C in self._recent():
+            effect_C = np.maximum(self._effect_LC[scale], policy.cluster_rows)
+            allowed_C = strict * policy.sigmas * np.sqrt(variance_C * (effect_C / rows + of_average)) + 1e-12
+            large_C = judged_C & (np.abs(mean_C - self._mean_C) > strict * policy.tolerance * size_C)
+            large_C[self._dense :] &= (cut_C < self._mean_C)[self._dense :]
+            excess_C = np.where(large_C, np.abs(cut_C - self._mean_C) / allowed_C, 0.0)
+            at = int(excess_C.argmax()) if len(excess_C) else 0
+            if len(excess_C) and excess_C[at] > 1:
+                now, usual = mean_C[at], self._mean_C[at]
+                return f"{self._name(at)}: mean {now:.4g} of {rows:.0f} rows, it was {usual:.4g}"
+        return ""
+
+    def _variances(self) -> Float64:
+        variance_C = self._variance_C.copy()
+        variance_C[self._dense :] = np.maximum(variance_C[self._dense :], ID_VARIANCE)
+        return variance_C
+
+    def _name(self, column: int) -> str:
+        return f"dense column {column}" if column < self._dense else f"id slot {column - self._dense}"
+
+    def learn(self) -> None:
+        """The rows just added are ordinary."""
+        if self._step is None:
+            return
+        rows, mean_C, variance_C, ended_C = self._step
+        self._longest_C = np.maximum(self._longest_C, ended_C)
+        if self._rows < self._policy.warmup_rows:
+            self._longest_C = np.maximum(self._longest_C, self._run_C)
+        share = max(rows / (self._rows + rows), 1 - 0.5 ** (rows / self._policy.half_life_rows))
+        self._rows += rows
+        delta_C = mean_C - self._mean_C
+        self._mean_C = self._mean_C + share * delta_C
+        self._variance_C = (1 - share) * (self._variance_C + share * delta_C**2) + share * variance_C
+        for scale, seen, _, cut_C in self._recent():
+            effect_C = self._effect_LC[scale]
+            now_C = (cut_C - self._mean_C) ** 2 * seen / (self._variances() + 1e-12)
+            # a rare large move must not make large moves look ordinary
+            now_C = np.minimum(now_C, 9 * np.maximum(effect_C, self._policy.cluster_rows))
+            self._effect_LC[scale] = effect_C + share * (now_C - effect_C)
+
+    def state(self) -> dict[str, Any]:
+        """JSON data."""
+        return {
+            "rows": self._rows, "dense": self._dense, "mean": self._mean_C.tolist(), "last": self._last_C.tolist(),
+            "variance": self._variance_C.tolist(), "run": self._run_C.tolist(), "longest": self._longest_C.tolist(),
+            "effect": self._effect_LC.tolist(), "window": [[n, a.tolist(), b.tolist()] for n, a, b in self._window],
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over `state`."""
+        self._rows, self._dense, self._step = state["rows"], state["dense"], None
+        self._mean_C, self._variance_C = np.array(state["mean"]), np.array(state["variance"])
+        self._last_C, self._run_C = np.array(state["last"]), np.array(state["run"])
+        self._longest_C, self._effect_LC = np.array(state["longest"]), np.array(state["effect"])
+        self._window = deque((n, np.array(a), np.array(b)) for n, a, b in state["window"])
+
+
+class _Labels:
+    """Impressions, clicks and conversions by cohort of impressions; a cohort counts when all its rows are out."""
+
+    def __init__(self, policy: DriftPolicy, click_window_ms: int, observation_window_ms: int) -> None:
+        self._policy = policy
+        self._click_ms, self._observe_ms = click_window_ms, observation_window_ms
+        self._width_ms = max(1, (click_window_ms + observation_window_ms) // LABEL_COHORTS)
+        self._open: dict[int, Float64] = {}
+        self._known_ms = -(1 << 62)  # of impressions before this all rows are out
+        self.forget()
+
+    def forget(self) -> None:
+        """Start afresh."""
+        self._window: deque[Float64] = deque()  # impressions, clicks, conversions
+        self._average = np.zeros(3)  # the same, older ones fading
+        self._fresh = np.zeros(3)
+
+    def add(self, first: Examples) -> None:
+        """First emissions, in the order of the join."""
+        self._fresh = np.zeros(3)
+        if not first.rows:
+            return
+        shown_B, clicked_B = first.impression_ms_B, first.click_B == 1
+        cohorts_N, of_B = np.unique(shown_B // self._width_ms, return_inverse=True)
+        weights = (np.ones(first.rows), clicked_B, clicked_B & (first.conversion_B == 1))
+        counts_N3 = np.stack([np.bincount(of_B, weight, len(cohorts_N)) for weight in weights], axis=1)
+        for cohort, count in zip(cohorts_N.tolist(), counts_N3, strict=True):
+            if (cohort + 1) * self._width_ms > self._known_ms:  # else it was counted
+                self._open[cohort] = self._open.get(cohort, 0.0) + count
+        # the join emits by time: unclicked when the click window ends, clicked an observation window after the click
+        for rows_B, after_ms in ((~clicked_B, self._observe_ms), (clicked_B, self._click_ms)):
+            if rows_B.any():
+                self._known_ms = max(self._known_ms, int(shown_B[rows_B].max()) - after_ms)
+        for cohort in sorted(self._open):
+            if (cohort + 1) * self._width_ms > self._known_ms:
+                break
+            self._push(self._open.pop(cohort))
+
+    def _push(self, count: Float64) -> None:
+        self._fresh = self._fresh + count
+        window = self._window
+        window.append(count + window.pop() if window and window[-1][0] < LABEL_ROWS else count)
+        clicks_W = self._clicks(np.cumsum(np.array(window)[::-1], axis=0))
+        for _ in range(int((clicks_W[:-1] >= LABEL_SCALES[-1] * self._policy.label_clicks).sum())):
+            window.popleft()
+
+    def _clicks(self, sum_W3: Float64) -> Float64:
+        """Clicks seen, or that should have been."""
+        usual = self._average[1] / max(self._average[0], 1.0)
+        clicks_W: Float64 = np.maximum(sum_W3[:, 1], sum_W3[:, 0] * usual)
+        return clicks_W
+
+    def judge(self, strict: float) -> tuple[str, str]:
+        """Reason and detail, empty when all is well at ``strict`` times what is allowed."""
+        policy, average = self._policy, self._average
+        if average[1] < 2 * policy.label_clicks or average[0] < policy.warmup_rows or not self._window:
+            return "", ""
+        sum_W3 = np.cumsum(np.array(self._window)[::-1], axis=0)
+        clicks_W = self._clicks(sum_W3)
+        for times in LABEL_SCALES:
+            at = int(np.searchsorted(clicks_W, times * policy.label_clicks))
+            if at == len(clicks_W):
+                break
+            for reason, column, cluster in (
+                ("clicks", 1, policy.cluster_rows),
+                ("conversions", 2, min(CONVERSION_CLUSTER, policy.cluster_rows)),
+            ):
+                of, some = sum_W3[at, column - 1], sum_W3[at, column]
+                if (column == 1 or of >= policy.label_clicks) and self._far(some, of, column, cluster) > strict:
+                    usual = average[column] / average[column - 1]
+                    return reason, f"{some:.0f} of {of:.0f}, a share of {some / of:.4g}, it was {usual:.4g}"
+        return "", ""
+
+    def _far(self, some: float, of: float, column: int, cluster: float) -> float:
+        """How far a share is from its average, over what is allowed."""
+        usual, share = self._average[column] / self._average[column - 1], some / of
+        variance = max(usual * (1 - usual), share * (1 - share))
+        noise = np.sqrt(variance * cluster * (1 / of + 1 / self._average[column - 1]))
+        allowed = max(self._policy.label_sigmas * noise, self._policy.tolerance * usual)
+        return float(abs(share - usual) / (allowed + 1e-12))
+
+    def learn(self) -> None:
+        """What was counted just now is ordinary."""
+        fading = 0.5 ** (self._fresh[1] / self._policy.label_half_life_clicks)
+        self._average = self._average * fading + self._fresh
+
+    def state(self) -> dict[str, Any]:
+        """JSON data."""
+        return {
+            "open": [[cohort, count.tolist()] for cohort, count in self._open.items()],
+            "known_ms": self._known_ms,
+            "window": [count.tolist() for count in self._window],
+            "average": self._average.tolist(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over `state`."""
+        self._open = {cohort: np.array(count) for cohort, count in state["open"]}
+        self._known_ms, self._average = state["known_ms"], np.array(state["average"])
+        self._window, self._fresh = deque(np.array(count) for count in state["window"]), np.zeros(3)

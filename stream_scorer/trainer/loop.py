@@ -95,7 +95,7 @@ class Trainer:
         self._merge = Merge(policy.merge_idle_s, policy.merge_records)
         self._pending = Pending()
         self._board = Scoreboard(ports.stats_kind, policy.scoreboard)
-        self._drift = DriftAlarm(policy.drift)
+        self._drift = DriftAlarm(policy.drift, policy.join.click_window_ms, policy.join.observation_window_ms)
         self._publisher = Publisher(ports, policy.gate, policy.gate_rows, policy.keep_versions)
         self._tally = TrainerTally()
         self._stats = TrainerStats()
