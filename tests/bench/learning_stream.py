@@ -194,3 +194,37 @@ def expected(true_N: np.ndarray, predicted_N: np.ndarray, weight_N: np.ndarray) 
 def metrics_of(stats: TaskStats) -> dict[str, float]:
     values = (stats.auc(), stats.pr_auc(), stats.logloss(), stats.pcoc(), stats.ece())
     return dict(zip(METRICS, values, strict=True))
+
+
+def sync_intervals(world: World, method: str, rate: float, seed: int, start: Pretrained) -> dict[str, Predicted]:
+    """The same learner, a step a minute, served three ways: with weights a minute, up to an hour or up to a day old.
+
+    A minute has about a sixth of a batch's rows; the rate is a quarter, so that small steps are not all noise.
+    """
+    learner = learner_for(method, rate / 4, seed)
+    learner.restore(start.of(method))
+    rows = emitted(world, METHODS[method], world.start, world.end)
+    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"minute": [], "hour": [], "day": []}
+
+    def predict(interval: str, since: float, until: float) -> None:
+        low, high = np.searchsorted(world.at_N, [since, min(until, world.end)])
+        if high > low:
+            parts[interval].append(learner.predict(world.examples.take(np.arange(low, high))))
+
+    for hour in range(round(world.end - world.start)):
+        now, testing = world.start + hour, hour >= world.plan.warm_up
+        if testing:
+            predict("hour", now, now + 1)
+        if testing and (hour - world.plan.warm_up) % 24 == 0:
+            predict("day", now, now + 24)
+        minutes = now + np.arange(61) / 60
+        for since, until in zip(minutes[:-1], minutes[1:], strict=True):
+            if testing:
+                predict("minute", since, until)
+            low, high = np.searchsorted(rows.at_R, [since, until])
+            learn(learner, world, rows, low, high)
+    low = int(np.searchsorted(world.at_N, world.test_start))
+    return {
+        interval: Predicted(low, *(np.concatenate(column) for column in zip(*got, strict=True)))
+        for interval, got in parts.items()
+    }

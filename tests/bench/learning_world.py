@@ -36,9 +36,9 @@ WAVES = 3
 class Plan:
     """How much of everything; hours. Pretraining, then one attribution window of nothing, warm-up, test."""
 
-    pretrain: int = 96
-    warm_up: int = 24
-    test: int = 72
+    pretrain: int = 60
+    warm_up: int = 30
+    test: int = 48
     requests: int = 500  # an hour
     shown: int = 10
     candidates: int = 40
@@ -84,6 +84,7 @@ class DriftingMarket(Market):
         self.fashion, self.lift = plan.fashion, plan.lift
         self._period_KC = rng.uniform(48.0, 240.0, (WAVES, CATEGORIES))
         self._phase_KC = rng.uniform(0.0, 2 * np.pi, (WAVES, CATEGORIES))
+        self._day, self._week = rng.uniform(0.0, 2 * np.pi, 2)  # else every seed would test the same slope
         super().__init__(
             MarketPlan(
                 seed=seed,
@@ -98,7 +99,7 @@ class DriftingMarket(Market):
         click_NK, buy_NK = super().truth(user_N, slot_NK, hour)
         now = self.now_s
         wave_C = np.sin(2 * np.pi * now / self._period_KC + self._phase_KC).sum(0) * (2 / WAVES) ** 0.5
-        season = 0.15 * np.sin(2 * np.pi * now / 24.0) + 0.25 * np.sin(2 * np.pi * now / 130.0)
+        season = 0.15 * np.sin(2 * np.pi * now / 24.0 + self._day) + 0.25 * np.sin(2 * np.pi * now / 168.0 + self._week)
         taste_ND = self._taste_UD[user_N]
         turned_ND = self._turned(taste_ND) - taste_ND
         worth_NK = np.matmul(self._worth_MD[slot_NK], turned_ND[:, :, None])[:, :, 0] / self._worth_MD.shape[1] ** 0.5
