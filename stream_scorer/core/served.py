@@ -108,18 +108,19 @@ def kept_rows(ctcvr_B: Float32, starts: Int64, top_k: int) -> tuple[Int64, Int64
 def _strips(scored: ScoredBatch, rows_K: Int64, dense: Dense) -> list[_Strip]:
     """All tensors of the batch in the order they are written: eight-byte values first, then four, then two."""
     batch, scores = scored.batch, scored.scores
-    user_R, item_K = scored.plan.user_of_R, batch.item_of_B[rows_K]
-    arrays: list[NDArray[Any]] = [
-        batch.user.ids_NS[user_R],
-        batch.item.ids_NS[item_K],
-        batch.context.ids_NS[rows_K],
-        scores.ctr_B[rows_K],
-        np.minimum(scores.ctcvr_B[rows_K], scores.ctr_B[rows_K]),
-        _as(dense, batch.user.dense_ND)[user_R],
-        _as(dense, batch.item.dense_ND)[item_K],
-        _as(dense, batch.context.dense_ND)[rows_K],
+    user_R, item_K = scored.plan.user_of_R, batch.item_of_B.take(rows_K)
+    ctr_K = scores.ctr_B.take(rows_K)
+    arrays: list[NDArray[Any]] = [  # `take` is several times faster than an index in brackets for narrow rows
+        batch.user.ids_NS.take(user_R, axis=0),
+        batch.item.ids_NS.take(item_K, axis=0),
+        batch.context.ids_NS.take(rows_K, axis=0),
+        ctr_K,
+        np.minimum(scores.ctcvr_B.take(rows_K), ctr_K),
+        _as(dense, batch.user.dense_ND).take(user_R, axis=0),
+        _as(dense, batch.item.dense_ND).take(item_K, axis=0),
+        _as(dense, batch.context.dense_ND).take(rows_K, axis=0),
     ]
-    return [_Strip(memoryview(array.tobytes()), array[:1].nbytes) for array in arrays]
+    return [_Strip(array.reshape(-1).view(np.uint8).data, array[:1].nbytes) for array in arrays]
 
 
 def _as(dense: Dense, values: Float32) -> NDArray[Any]:
