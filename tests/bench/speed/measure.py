@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from tests.bench.speed.contenders import Contender, Running
 from tests.bench.speed.world import World, plain_scores
@@ -68,8 +68,19 @@ def _first_output(world: World, consumer: Consumer, running: Running, output: st
 
 
 def _end(world: World, consumer: Consumer, topic: str) -> int:
-    marks = [consumer.get_watermark_offsets(part, timeout=10, cached=False) for part in world.where(topic)]
-    return sum(mark[1] for mark in marks if mark is not None)
+    return sum(_mark(consumer, part)[1] for part in world.where(topic))
+
+
+def _mark(consumer: Consumer, part: TopicPartition) -> tuple[int, int]:
+    """Low and high watermark; a broker that has just made the topic may say that it leads nothing yet."""
+    give_up = time.monotonic() + 10
+    while True:
+        try:
+            return consumer.get_watermark_offsets(part, timeout=10, cached=False)
+        except KafkaException:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.1)
 
 
 def _instant(world: World, consumer: Consumer, topic: str) -> tuple[int, int]:
@@ -91,7 +102,7 @@ def _before(world: World, consumer: Consumer, topic: str, instant_ms: int) -> in
             raise RuntimeError(str(part.error))
         offset = part.offset
         if offset < 0:  # nothing that late: all of it was before
-            offset = consumer.get_watermark_offsets(TopicPartition(topic, part.partition), timeout=10, cached=False)[1]
+            offset = _mark(consumer, TopicPartition(topic, part.partition))[1]
         total += offset
     return total
 
@@ -124,7 +135,7 @@ def _busy() -> float:
 def _check(world: World, consumer: Consumer, contender: Contender, topic: str) -> dict[str, float]:
     """The largest and mean difference of a probability from `ESMM.forward`; RuntimeError past the bound."""
     parts = world.where(topic)
-    marks = {part.partition: consumer.get_watermark_offsets(part, timeout=10, cached=False) for part in parts}
+    marks = {part.partition: _mark(consumer, part) for part in parts}
     consumer.assign([TopicPartition(topic, n, max(low, (low + high) // 2)) for n, (low, high) in marks.items()])
     messages: list[bytes] = []
     give_up = time.monotonic() + 20
