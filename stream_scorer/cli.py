@@ -130,6 +130,23 @@ def train(config: Config = None, print_config: PrintConfig = False, status_json:
     raise typer.Exit(run_train(settings, _stop_on_signals(), status_json))
 
 
+@app.command(epilog="Example: stream-scorer pretrain impressions.parquet --config stream-scorer.toml")
+def pretrain(
+    file: Annotated[
+        Path, typer.Argument(help="A .parquet file: a column a feature, click, conversion (0 or 1, final), maybe time.")
+    ],
+    config: Config = None,
+    epochs: Annotated[int, typer.Option(min=1, help="At most this many passes over the file.")] = 20,
+    patience: Annotated[int, typer.Option(min=1, help="Stop after this many epochs without a lower log loss.")] = 2,
+    held_out: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the rows, the last, to judge on.")] = 0.1,
+) -> None:
+    """Learn from matured impressions and publish a first version; `train` goes on from it."""
+    settings = _settings(config)
+    from stream_scorer.wiring.pretrain import PretrainOptions, run_pretrain
+
+    raise typer.Exit(run_pretrain(settings, PretrainOptions(file, epochs, patience, held_out)))
+
+
 @app.command(epilog="Example: stream-scorer simulate --config stream-scorer.toml --rate 50 --duration 60")
 def simulate(
     config: Config = None,

@@ -72,7 +72,7 @@ class Story:
         newest = max(self._published, default=0)
         for version in range(newest + 1, (trainer.get("version") or 0) + 1):  # a second may bring more than one
             self._published[version] = _now_ms()
-            self._logloss[version] = (trainer.get("ctcvr") or {}).get("logloss_last")
+            self._logloss[version] = ((trainer.get("progressive") or {}).get("ctcvr") or {}).get("logloss")
             self._note("publish", f"trainer published version {version}")
         live = scorer.get("model_version")
         if live is not None and live != self._live:
@@ -134,8 +134,8 @@ def _trainer(market: Mapping[str, Any], trainer: Mapping[str, Any]) -> TrainerPa
         gate_holds=sum(trainer["holds"].values()),
         open_impressions=trainer.get("open_impressions"),
         step_ms=trainer.get("step_ms"),
-        ctr=_task(trainer.get("ctr")),
-        ctcvr=_task(trainer.get("ctcvr")),
+        ctr=_task((trainer.get("progressive") or {}).get("ctr")),
+        ctcvr=_task((trainer.get("progressive") or {}).get("ctcvr")),
         served=trainer.get("served"),
         feedback=_feedback(market),
     )
@@ -149,7 +149,7 @@ def _feedback(market: Mapping[str, Any]) -> FeedbackCounts | None:
 def _task(values: Mapping[str, Any] | None) -> TaskMetrics | None:
     if not values:
         return None
-    return TaskMetrics(values.get("auc_last"), values.get("logloss_last"), values.get("pcoc_last"))
+    return TaskMetrics(values.get("auc"), values.get("logloss"), values.get("pcoc"))
 
 
 def _truth(market: Mapping[str, Any]) -> TruthPart:

@@ -30,6 +30,7 @@ from stream_scorer.scorer import Scorer, ScorerPorts
 from stream_scorer.settings import Settings
 from stream_scorer.trainer import Trainer, TrainerPorts
 from stream_scorer.wiring import build, connect
+from stream_scorer.wiring.pretrain import start_from_live
 from stream_scorer.wiring.processes import Child
 from stream_scorer.wiring.status import StatusLines
 
@@ -99,11 +100,13 @@ def run_train(settings: Settings, stop: threading.Event, status: bool) -> int:
     clock, metrics, kafka = SystemClock(), PrometheusMetrics(__version__), connect.kafka_config(settings)
     source = KafkaSource(kafka, [topics.served, topics.feedback], settings.kafka.trainer_group, metrics)
     sink = KafkaSink(kafka)
+    learner, store = build.learner(settings, schema), DirectoryStore(Path(settings.model.store))
+    start_from_live(learner, store, schema)
     ports = TrainerPorts(
         source=source,
         sink=sink,
-        learner=build.learner(settings, schema),
-        store=DirectoryStore(Path(settings.model.store)),
+        learner=learner,
+        store=store,
         open_version=build.judge_of(schema),
         join_state=MemoryJoinState(),
         checkpoints=DirectoryCheckpoints(Path(settings.trainer.checkpoint_dir)),
