@@ -138,7 +138,7 @@ def pretrain(
     config: Config = None,
     epochs: Annotated[int, typer.Option(min=1, help="At most this many passes over the file.")] = 20,
     patience: Annotated[int, typer.Option(min=1, help="Stop after this many epochs without a lower log loss.")] = 2,
-    held_out: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the rows, the last, to judge on.")] = 0.1,
+    held_out: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the rows to judge on.")] = 0.1,
 ) -> None:
     """Learn from matured impressions and publish a first version; `train` goes on from it."""
     settings = _settings(config)
