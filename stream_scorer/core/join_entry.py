@@ -107,7 +107,7 @@ class JoinStore(Protocol):
         ...
 
     def arm(self, due_ms: int, request_id: str) -> None:
-        """Remember to look at this request when the watermark passes ``due_ms``."""
+        """Remember to look at this request when the watermark passes ``due_ms``; twice the same may count once."""
         ...
 
     def next_due_ms(self) -> int:

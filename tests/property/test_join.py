@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from stream_scorer.adapters.join_rocks import RocksJoinState
 from stream_scorer.adapters.join_state import MemoryJoinState
 from stream_scorer.core.emit import Emission
 from stream_scorer.core.join_entry import JoinPolicy
@@ -106,6 +107,18 @@ def check_accounts(join, store, served: int, events: int) -> None:
 
 TestJoinMachine = JoinMachine.TestCase
 TestJoinMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+class RocksJoinMachine(JoinMachine):
+    """The same with all but two entries, and all but three timers, on disk."""
+
+    @staticmethod
+    def new_state() -> RocksJoinState:
+        return RocksJoinState(Path(tempfile.mkdtemp()) / "rocks", cache_entries=2, cache_timers=3)
+
+
+TestRocksJoinMachine = RocksJoinMachine.TestCase
+TestRocksJoinMachine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 events_strategy = st.lists(st.tuples(KINDS, REQUESTS, ITEMS, st.integers(0, 300)), max_size=25)
 
