@@ -133,7 +133,7 @@ def train(config: Config = None, print_config: PrintConfig = False, status_json:
 @app.command(epilog="Example: stream-scorer pretrain impressions.parquet --config stream-scorer.toml")
 def pretrain(
     file: Annotated[
-        Path, typer.Argument(help="A .parquet file: a column a feature, click, conversion (0 or 1, final), maybe time.")
+        Path, typer.Argument(help="A .parquet file: a column a feature, click, conversion (0 or 1), maybe time.")
     ],
     config: Config = None,
     epochs: Annotated[int, typer.Option(min=1, help="At most this many passes over the file.")] = 20,

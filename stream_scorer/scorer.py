@@ -207,6 +207,7 @@ class Scorer:
         self._breaker = StormBreaker(policy.storm)
         self._tally = Tally()
         self._predictor: Predictor | None = None
+        self._retired: Predictor | None = None  # the one served before
         self._flying: Flight | None = None
         self._paused = False
         self._retry_at_s: float | None = None  # set while the feature store is being waited for
@@ -314,6 +315,7 @@ class Scorer:
             return None
         arrivals = self._intake.take()
         if not arrivals:
+            self._retry_at_s = None  # what waited for features has gone to another scorer
             return None
         requests = [one.decoded for one in arrivals if isinstance(one.decoded, ScoreRequest)]
         work = None
@@ -404,7 +406,9 @@ class Scorer:
         fresh = self._ports.mailbox.take()
         if fresh is None:
             return
-        self._predictor = fresh
+        if self._retired is not None:  # replaced a swap ago, so nothing is in flight on it any more
+            self._retired.close()
+        self._retired, self._predictor = self._predictor, fresh
         self._ports.metrics.inc(names.MODEL_SWAPS)
         self._ports.metrics.set(names.MODEL_VERSION, fresh.version)
         _log.info("model taken into service", version=fresh.version)
@@ -435,7 +439,7 @@ class Scorer:
         self._ports.sink.purge()
         self._ports.sink.poll()
         self._intake.drop(back)
-        self._rewound = {where: offset for where, offset in back.items() if where not in leaving}
+        self._rewound |= {where: offset for where, offset in back.items() if where not in leaving}
         if self._rewound:
             self._ports.source.seek(self._rewound)
 

@@ -7,6 +7,7 @@ Secrets are masked.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ SECRET_WORDS = ("password", "secret", "token", "sasl.jaas", "private", "key.pem"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)  # a password may be 12345
 
 
 class Topics(_Section):
@@ -231,6 +232,7 @@ def masked(settings: Settings) -> dict[str, Any]:
 
 def mask_url(url: str) -> str:
     """The URL without its password: safe to print."""
+    url = re.sub(r"([?&](?:password|username)=)[^&]*", r"\1********", url)
     scheme, separator, rest = url.partition("://")
     credentials, at, host = rest.rpartition("@")
     if not at:

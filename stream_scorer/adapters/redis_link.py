@@ -6,6 +6,7 @@ batch.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,9 +49,10 @@ class RedisConfig:
     @property
     def where(self) -> str:
         """The URL without its password."""
-        scheme, separator, rest = self.url.partition("://")
+        url = re.sub(r"([?&](?:password|username)=)[^&]*", r"\1********", self.url)
+        scheme, separator, rest = url.partition("://")
         credentials, at, host = rest.rpartition("@")
-        return f"{scheme}{separator}{credentials.partition(':')[0]}:********@{host}" if at else self.url
+        return f"{scheme}{separator}{credentials.partition(':')[0]}:********@{host}" if at else url
 
     def explain(self, error: Exception) -> str:
         """One line: what is wrong and what to do about it."""

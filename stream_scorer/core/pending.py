@@ -34,8 +34,13 @@ class Pending:
 
     def extend(self, emissions: Sequence[Emission], watermark_ms: int) -> None:
         """Rows that follow those before, with the event time at which they were emitted."""
-        self._emissions.extend(emissions)
-        self._marks.append([len(emissions), watermark_ms])
+        if emissions:
+            self._emissions.extend(emissions)
+            self._marks.append([len(emissions), watermark_ms])
+        elif self._marks:
+            self._marks[-1][1] = watermark_ms
+        else:
+            self.settled_ms = max(self.settled_ms, watermark_ms)
 
     def take(self, rows: int) -> Examples:
         """The oldest ``rows`` rows, 1 <= rows <= `rows`."""

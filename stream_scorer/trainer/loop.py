@@ -107,7 +107,8 @@ class Trainer:
         self._unsaved = False
         self._step_ms = 0.0
         self._reject_error: object | None = None
-        self._started = False
+        self._started = self._failed = False
+        self._held: set[TopicPartition] = set()
         self._heard_s = self._published_s = self._saved_s = 0.0
         self._stats_s = float("-inf")
 
@@ -115,9 +116,13 @@ class Trainer:
 
     def run(self, stop: StopSignal) -> None:
         """Learn until ``stop`` is set, then drain. Raises FatalError when a promise cannot be kept."""
-        self.start()
-        while not stop.is_set():
-            self.step()
+        try:
+            self.start()
+            while not stop.is_set():
+                self.step()
+        except BaseException:
+            self._failed = True  # half a step was applied: no checkpoint may be made of it on the way out
+            raise
         if not self.drain(Deadline.after(self._policy.drain_timeout_s, self._ports.clock.monotonic_s)):
             raise FatalError("rejects were not acknowledged in time; nothing was committed since the last checkpoint")
 
@@ -180,7 +185,7 @@ class Trainer:
                 records = [r for r in records if r.position.topic_partition not in self._rewind]
                 self._rewind = {}
             self._merge.push(records, self._ports.clock.monotonic_s())
-        return source.lag() == 0
+        return bool(self._held) and source.lag() == 0
 
     def _take(self, record: Record) -> None:
         """One record through the join; learn when enough rows have come of it."""
@@ -366,17 +371,21 @@ class Trainer:
 
     def on_assign(self, partitions: Sequence[TopicPartition]) -> None:
         """Read on where this trainer stands, whatever was committed."""
+        self._held |= set(partitions)
+        self._heard_s = self._ports.clock.monotonic_s()
         self._merge.assign(partitions, self._ports.clock.monotonic_s())
         self._joiner.watermark.assign(partitions)
         self._rewind |= {where: self._next[where] for where in partitions if where in self._next}
 
     def on_revoke(self, partitions: Sequence[TopicPartition]) -> None:
         """Checkpoint and commit while it is allowed; drop what was polled and not taken."""
-        self._checkpoint()
+        if not self._failed:
+            self._checkpoint()
         self.on_lost(partitions)
 
     def on_lost(self, partitions: Sequence[TopicPartition]) -> None:
         """Forget what was polled and not taken; it is read again by whoever comes next."""
+        self._held -= set(partitions)
         self._merge.revoke(partitions)
         self._joiner.watermark.revoke(partitions)
         self._rewind = {where: at for where, at in self._rewind.items() if where not in partitions}

@@ -8,7 +8,7 @@ from typing import Any
 
 from stream_scorer.wiring.processes import Child
 
-TASK_FIELDS = ("auc_first", "auc_last", "logloss_first", "logloss_last", "pcoc_last")
+TASK_FIELDS = ("labels", "auc_first", "auc_last", "logloss_first", "logloss_last", "pcoc_last")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ CLOSE_S = 10.0
 def run_score(settings: Settings, config: Path | None, workers: int, stop: threading.Event, status: bool) -> int:
     """Score until ``stop`` is set; 0 when everything in flight was published and committed."""
     if workers > 1:
-        return _run_workers(config, workers, stop, Path(settings.model.store))
+        return _run_workers(settings, config, workers, stop)
     schema = connect.load_schema(settings)
     topics = settings.kafka.topics
     needed = [topics.requests, topics.scores, topics.rejects, *([topics.served] if settings.scorer.served else [])]
@@ -149,12 +149,18 @@ def _serve_http(settings: Settings, stack: ExitStack, metrics: PrometheusMetrics
     stack.callback(server.stop)
 
 
-def _run_workers(config: Path | None, workers: int, stop: threading.Event, folder: Path) -> int:
-    """``--workers N``: N processes of one consumer group; when one fails the others are stopped."""
+def _run_workers(settings: Settings, config: Path | None, workers: int, stop: threading.Event) -> int:
+    """``--workers N``: N processes of one consumer group; when one fails the others are stopped.
+
+    With ``http.port`` P they listen on P, P + 1, and so on.
+    """
+    folder, port = Path(settings.model.store), settings.http.port
     folder.mkdir(parents=True, exist_ok=True)
+    patience_s = settings.scorer.drain_timeout_s + 2 * CLOSE_S
     args = ["score", *([] if config is None else ["--config", str(config)])]
     log = folder / f"workers-{os.getpid()}.log"
-    children = [Child(f"worker {n}", args, log) for n in range(workers)]
+    ports = [{"STREAM_SCORER_HTTP__PORT": str(port + n)} if port else {} for n in range(workers)]
+    children = [Child(f"worker {n}", args, log, env) for n, env in enumerate(ports)]
     try:
         while not stop.wait(0.25):
             failed = next((child for child in children if not child.alive), None)
@@ -164,6 +170,6 @@ def _run_workers(config: Path | None, workers: int, stop: threading.Event, folde
         for child in children:
             child.signal()
         for child in children:
-            child.stop(CLOSE_S)
+            child.stop(patience_s)
             child.close()
-    return max(child.exit_code or 0 for child in children)
+    return int(any(child.exit_code != 0 for child in children))

@@ -55,6 +55,7 @@ def prepare_world(folder: Path, options: WorldOptions) -> Iterator[World]:
         redis_url, store = _redis(stack, options)
         (folder / "features.toml").write_text(MARKET_TOML)
         config = folder / "stream-scorer.toml"
+        config.touch(mode=0o600)  # it may hold a password
         config.write_text(_settings_text(folder, options.name, topics, {"kafka": bootstrap, "redis": redis_url}))
         settings = load(config)
         if shared:

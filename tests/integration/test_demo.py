@@ -74,7 +74,7 @@ def test_the_loop_closes_and_says_so(tmp_path):
     assert report["versions_published"] >= 2
     assert report["versions_served"] >= 2
     for task in ("ctr", "ctcvr"):
-        assert report[task].keys() == {"auc_first", "auc_last", "logloss_first", "logloss_last", "pcoc_last"}
+        assert report[task].keys() == {"labels", "auc_first", "auc_last", "logloss_first", "logloss_last", "pcoc_last"}
     assert report["ctr"]["logloss_last"] < report["ctr"]["logloss_first"]
     assert 0.0 <= report["truth_auc_ctr"] <= 1.0
     assert processes_of(tmp_path) == []

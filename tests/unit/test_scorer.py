@@ -524,3 +524,12 @@ def test_lag_is_looked_at_once_a_second() -> None:
     made.clock.advance(1.0)
     made.scorer.step()
     assert made.metrics.gauges["lag_records",] == 1
+
+
+def test_a_scorer_that_swaps_often_leaves_no_predictor_open():
+    made = world()
+    predictors = [FakePredictor(version) for version in range(10, 17)]
+    for predictor in predictors:
+        made.mailbox.put(predictor)
+        made.scorer.step()
+    assert [one.closed for one in predictors] == [True] * 5 + [False] * 2

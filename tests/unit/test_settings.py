@@ -64,6 +64,12 @@ def test_a_wrong_secret_is_not_echoed(tmp_path):
     assert "hunter2" not in str(caught.value)
 
 
+def test_a_password_of_digits_and_one_in_a_query():
+    settings = load(None, {"STREAM_SCORER_KAFKA__PASSWORD": "12345"})
+    assert settings.kafka.password.get_secret_value() == "12345"
+    assert mask_url("redis://h/0?password=hunter2&x=1") == "redis://h/0?password=********&x=1"
+
+
 @pytest.mark.parametrize("url", ["redis://h:1/0", "unix:///tmp/s"])
 def test_urls_without_a_password_stay(url):
     assert mask_url(url) == url
