@@ -1,7 +1,7 @@
 """Rungs: fakes and the mock cluster always; real servers where they are found, and never silently left out by CI.
 
 A test marked ``real_kafka`` or ``real_redis`` is skipped with a reason when its server is not there, and fails instead
-when STREAM_SCORER_REQUIRE_REAL=1.
+when STREAM_SCORER_TEST_REQUIRE_REAL=1.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.
 
 def unavailable(reason: str) -> None:
     """Skip, or fail where real servers are required."""
-    if os.environ.get("STREAM_SCORER_REQUIRE_REAL") == "1":
-        pytest.fail(f"{reason}, and STREAM_SCORER_REQUIRE_REAL=1 forbids to skip")
+    if os.environ.get("STREAM_SCORER_TEST_REQUIRE_REAL") == "1":
+        pytest.fail(f"{reason}, and STREAM_SCORER_TEST_REQUIRE_REAL=1 forbids to skip")
     pytest.skip(reason)
 
 

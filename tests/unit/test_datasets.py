@@ -367,8 +367,8 @@ def real(name: str) -> Path:
     path = Path(os.environ.get("STREAM_SCORER_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / name
     if path.exists():
         return path
-    if os.environ.get("STREAM_SCORER_REQUIRE_REAL") == "1":
-        pytest.fail(f"STREAM_SCORER_REQUIRE_REAL=1 needs {name} in STREAM_SCORER_TEST_DATA")
+    if os.environ.get("STREAM_SCORER_TEST_REQUIRE_REAL") == "1":
+        pytest.fail(f"STREAM_SCORER_TEST_REQUIRE_REAL=1 needs {name} in STREAM_SCORER_TEST_DATA")
     pytest.skip(f"needs {name} (STREAM_SCORER_TEST_DATA)")
 
 

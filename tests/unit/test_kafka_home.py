@@ -37,8 +37,8 @@ def test_nobody_answers_on_a_closed_port() -> None:
 @pytest.mark.real_kafka
 def test_a_real_broker_starts_takes_topics_and_goes() -> None:
     if HOME is None or shutil.which("java") is None:
-        if os.environ.get("STREAM_SCORER_REQUIRE_REAL") == "1":
-            pytest.fail("STREAM_SCORER_REQUIRE_REAL=1 needs KAFKA_HOME and Java 17")
+        if os.environ.get("STREAM_SCORER_TEST_REQUIRE_REAL") == "1":
+            pytest.fail("STREAM_SCORER_TEST_REQUIRE_REAL=1 needs KAFKA_HOME and Java 17")
         pytest.skip("needs KAFKA_HOME and Java 17")
     with KafkaHome(Path(HOME)) as broker:
         port = int(broker.bootstrap.rpartition(":")[2])
