@@ -2,6 +2,8 @@
 
 Everything here is a function of the record sequence, never of a clock, so a replay reaches the same watermarks: a
 partition is idle when the others' *record* times (the broker's timestamps) have moved on by ``idle_ms`` without it.
+A whole topic without records is more likely stuck than idle: impressions whose clicks are only late must not be taken
+for unclicked, so it is waited for much longer.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ class WatermarkPolicy:
 
     lateness_ms: int = 5_000  # how far a partition's events may be out of order
     idle_ms: int = 10_000  # of record time: a partition silent for longer is not waited for
+    topic_idle_ms: int = 600_000  # .. and this long when its whole topic is silent
     max_jump_ms: int = 86_400_000  # an event further ahead of its partition is not believed ..
     confirm: int = 100  # .. until as many came in a row
 
@@ -103,10 +106,14 @@ class Watermark:
 
     def _advance(self) -> None:
         """Find the slowest partition that is not idle; the one just observed never is."""
-        silent_before = self._newest_record_ms - self._policy.idle_ms
+        newest_ms, policy = self._newest_record_ms, self._policy
+        heard_ms: dict[str, int] = {}
+        for where, progress in self._partitions.items():
+            heard_ms[where.topic] = max(heard_ms.get(where.topic, BEGINNING), progress.record_ms)
         slowest: _Progress | None = None
-        for progress in self._partitions.values():
-            if progress.record_ms < silent_before:
+        for where, progress in self._partitions.items():
+            stuck = newest_ms - heard_ms[where.topic] > policy.idle_ms
+            if newest_ms - progress.record_ms > (policy.topic_idle_ms if stuck else policy.idle_ms):
                 progress.idle = True
             elif slowest is None or progress.event_ms < slowest.event_ms:
                 slowest = progress

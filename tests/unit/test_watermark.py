@@ -40,6 +40,23 @@ def test_a_silent_partition_is_waited_for_only_so_long() -> None:
     assert mark.value_ms == 450  # b counts again
 
 
+def test_a_topic_that_is_stuck_is_waited_for_longer_than_a_partition() -> None:
+    served, feedback = TopicPartition("served", 0), [TopicPartition("feedback", n) for n in range(2)]
+    mark = Watermark(WatermarkPolicy(lateness_ms=0, idle_ms=10, topic_idle_ms=1_000))
+    mark.assign([served, *feedback])
+    for where in (served, *feedback):
+        mark.observe(where, 100, 100)
+    for at in range(110, 1_101, 10):
+        mark.observe(served, at, at)
+    assert mark.value_ms == 100  # no click can have been missed yet
+    mark.observe(feedback[0], 105, 1_101)  # the topic lives: now its other partition is merely idle
+    mark.observe(feedback[0], 400, 1_101)
+    mark.observe(served, 1_102, 1_102)
+    assert mark.value_ms == 400
+    mark.observe(served, 2_200, 2_200)
+    assert mark.value_ms == 2_200  # long enough: it goes on without feedback
+
+
 def test_one_wrong_clock_moves_nothing_and_many_are_believed() -> None:
     mark = Watermark(WatermarkPolicy(lateness_ms=0, max_jump_ms=1_000, confirm=3))
     mark.observe(A, 100, 1)
