@@ -2,8 +2,8 @@
 
 Everything here is a function of the record sequence, never of a clock, so a replay reaches the same watermarks: a
 partition is idle when the others' *record* times (the broker's timestamps) have moved on by ``idle_ms`` without it.
-A whole topic without records is more likely stuck than idle: impressions whose clicks are only late must not be taken
-for unclicked, so it is waited for much longer.
+A whole feedback topic without records is more likely stuck than idle: impressions whose clicks are only late must not
+be taken for unclicked, so it is waited for much longer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WatermarkPolicy:
 
     lateness_ms: int = 5_000  # how far a partition's events may be out of order
     idle_ms: int = 10_000  # of record time: a partition silent for longer is not waited for
-    topic_idle_ms: int = 600_000  # .. and this long when its whole topic is silent
+    topic_idle_ms: int = 600_000  # .. and this long when the whole feedback topic is silent
     max_jump_ms: int = 86_400_000  # an event further ahead of its partition is not believed ..
     confirm: int = 100  # .. until as many came in a row
 
@@ -47,11 +47,12 @@ class Watermark:
     of its partition (a wrong clock somewhere) does not move it.
     """
 
-    __slots__ = ("_newest_record_ms", "_partitions", "_policy", "_slowest", "value_ms")
+    __slots__ = ("_feedback_topic", "_newest_record_ms", "_partitions", "_policy", "_slowest", "value_ms")
 
-    def __init__(self, policy: WatermarkPolicy) -> None:
-        """No partition yet: the first to be observed decides."""
+    def __init__(self, policy: WatermarkPolicy, feedback_topic: str = "") -> None:
+        """No partition yet: the first to be observed decides. ``feedback_topic``: the one that may be stuck."""
         self._policy = policy
+        self._feedback_topic = feedback_topic
         self._partitions: dict[TopicPartition, _Progress] = {}
         self._slowest: _Progress | None = None
         self._newest_record_ms = BEGINNING
@@ -107,13 +108,12 @@ class Watermark:
     def _advance(self) -> None:
         """Find the slowest partition that is not idle; the one just observed never is."""
         newest_ms, policy = self._newest_record_ms, self._policy
-        heard_ms: dict[str, int] = {}
-        for where, progress in self._partitions.items():
-            heard_ms[where.topic] = max(heard_ms.get(where.topic, BEGINNING), progress.record_ms)
+        feedback = [p.record_ms for where, p in self._partitions.items() if where.topic == self._feedback_topic]
+        stuck = bool(feedback) and newest_ms - max(feedback) > policy.idle_ms
         slowest: _Progress | None = None
         for where, progress in self._partitions.items():
-            stuck = newest_ms - heard_ms[where.topic] > policy.idle_ms
-            if newest_ms - progress.record_ms > (policy.topic_idle_ms if stuck else policy.idle_ms):
+            patient = stuck and where.topic == self._feedback_topic
+            if newest_ms - progress.record_ms > (policy.topic_idle_ms if patient else policy.idle_ms):
                 progress.idle = True
             elif slowest is None or progress.event_ms < slowest.event_ms:
                 slowest = progress

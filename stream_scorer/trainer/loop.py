@@ -91,7 +91,7 @@ class Trainer:
     def __init__(self, ports: TrainerPorts, policy: TrainerPolicy) -> None:
         self._ports = ports
         self._policy = policy
-        self._joiner = Joiner(policy.join, ports.join_state, Watermark(policy.watermark))
+        self._joiner = Joiner(policy.join, ports.join_state, Watermark(policy.watermark, policy.feedback_topic))
         self._merge = Merge(policy.merge_idle_s, policy.merge_records)
         self._pending = Pending()
         self._board = Scoreboard(ports.stats_kind, policy.scoreboard)

@@ -42,7 +42,7 @@ def test_a_silent_partition_is_waited_for_only_so_long() -> None:
 
 def test_a_topic_that_is_stuck_is_waited_for_longer_than_a_partition() -> None:
     served, feedback = TopicPartition("served", 0), [TopicPartition("feedback", n) for n in range(2)]
-    mark = Watermark(WatermarkPolicy(lateness_ms=0, idle_ms=10, topic_idle_ms=1_000))
+    mark = Watermark(WatermarkPolicy(lateness_ms=0, idle_ms=10, topic_idle_ms=1_000), "feedback")
     mark.assign([served, *feedback])
     for where in (served, *feedback):
         mark.observe(where, 100, 100)
@@ -55,6 +55,8 @@ def test_a_topic_that_is_stuck_is_waited_for_longer_than_a_partition() -> None:
     assert mark.value_ms == 400
     mark.observe(served, 2_200, 2_200)
     assert mark.value_ms == 2_200  # long enough: it goes on without feedback
+    mark.observe(feedback[0], 2_300, 2_300)
+    assert mark.value_ms == 2_300  # without new requests feedback alone moves it
 
 
 def test_one_wrong_clock_moves_nothing_and_many_are_believed() -> None:
