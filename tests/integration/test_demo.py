@@ -62,7 +62,7 @@ def alive(pids: set[int]) -> set[int]:
 
 
 def test_the_loop_closes_and_says_so(tmp_path):
-    words = [*DEMO, "--duration", "25", "--headless", "--json", "--rate", "30", "--keep", str(tmp_path)]
+    words = [*DEMO, "--duration", "45", "--headless", "--json", "--keep", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = last_json(done.stdout)
