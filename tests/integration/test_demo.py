@@ -122,7 +122,7 @@ def test_a_killed_demo_takes_its_processes_along(tmp_path):
 @pytest.mark.real_kafka
 @pytest.mark.real_redis
 def test_the_demo_on_a_broker_it_starts_and_somebodys_redis(tmp_path, kafka_home, redis_url):
-    words = [*DEMO, "--duration", "12", "--headless", "--json", "--rate", "20", "--keep", str(tmp_path)]
+    words = [*DEMO, "--duration", "30", "--headless", "--json", "--rate", "20", "--keep", str(tmp_path)]
     words += ["--kafka-home", str(kafka_home), "--redis", redis_url]
     done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

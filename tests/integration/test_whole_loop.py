@@ -83,6 +83,7 @@ def replay_scores_everything_once(loop: Loop, log: Path, limit: int, versions: i
     assert report["log"]["rows"] >= min(limit, report["log"]["rows"])
     assert report["versions_served"] >= versions
     scorer.stop(30)
+    until(lambda: trainer.status.get("served") == report["requests"], "the trainer to read what was served", 120)
     trainer.stop(30)
     assert (scorer.exit_code, trainer.exit_code) == (0, 0), scorer.tail(5) + trainer.tail(5)
     assert scorer.final is not None
