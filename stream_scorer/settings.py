@@ -7,7 +7,6 @@ Secrets are masked.
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from stream_scorer.core.secrets import MASK, is_secret, mask_url
+
 PREFIX = "STREAM_SCORER_"
-SECRET_WORDS = ("password", "secret", "token", "sasl.jaas", "private", "key.pem", "oauthbearer")
 
 
 class _Section(BaseModel):
@@ -93,7 +93,7 @@ class ScorerSettings(_Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     threads: int = Field(1, ge=1, description="compute threads of the model")
     compile: bool = Field(False, description="torch.compile the towers (needs a C++ compiler)")
-    device: str = "cpu"
+    device: Literal["cpu"] = "cpu"
 
 
 class ModelSettings(_Section):
@@ -221,20 +221,7 @@ def _explain(problem: dict[str, Any]) -> str:
 def masked(settings: Settings) -> dict[str, Any]:
     """Plain data for ``--print-config``: secrets are stars, also inside ``kafka.options`` and the Redis URL."""
     data = settings.model_dump(mode="json")
-    data["kafka"]["password"] = "********" if settings.kafka.password.get_secret_value() else ""
+    data["kafka"]["password"] = MASK if settings.kafka.password.get_secret_value() else ""
     data["redis"]["url"] = mask_url(settings.redis.url.get_secret_value())
-    data["kafka"]["options"] = {
-        key: "********" if any(word in key for word in SECRET_WORDS) else value
-        for key, value in settings.kafka.options.items()
-    }
+    data["kafka"]["options"] = {key: MASK if is_secret(key) else value for key, value in settings.kafka.options.items()}
     return data
-
-
-def mask_url(url: str) -> str:
-    """The URL without its password: safe to print."""
-    url = re.sub(r"([?&](?:password|username)=)[^&]*", r"\1********", url)
-    scheme, separator, rest = url.partition("://")
-    credentials, at, host = rest.rpartition("@")
-    if not at:
-        return url
-    return f"{scheme}{separator}{credentials.partition(':')[0]}:********@{host}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from esmm.batch import RankBatch
 from esmm.model import ESMM
-from esmm.predictor.config import PrecisionError, PredictorConfig, Served
+from esmm.predictor.config import PrecisionError, PredictorConfig
 from esmm.predictor.fast import FastPredictor
 from esmm.predictor.plain import PlainPredictor
 from esmm.predictor.precision import PrecisionBound, precision_error, supports_bfloat16
@@ -40,7 +40,8 @@ def build_predictor(
     if excess is not None:
         predictor.close()
         raise ValueError(f"version {version}: the fast path differs from the plain one: {excess}")
-    predictor.served = predictor.served._replace(warning=warning)
+    warnings = [text for text in (warning, predictor.served.warning) if text]
+    predictor.served = predictor.served._replace(warning="; ".join(warnings) or None)
     return predictor
 
 
@@ -57,5 +58,5 @@ def _probed(
     except BaseException:
         predictor.close()
         raise
-    predictor.served = Served(config.precision, error, None)
+    predictor.served = predictor.served._replace(error=error)
     return predictor, (FLOAT32_BOUND if config.precision == "float32" else bound).exceeded(error)

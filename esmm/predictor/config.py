@@ -18,7 +18,7 @@ class PredictorConfig:
     ``precision``: of the item cache and of the layers between the first and the last. ``threads``: of torch, inside one
     batch. ``compile``: `torch.compile` the rows' part. ``cache_items`` and ``cache_megabytes`` bound the cache of item
     parts, whichever is less. ``max_rows``: a larger batch is computed in several goes. ``buckets``: row counts that
-    batches are padded to where shapes must be static (CUDA graphs); at most 8, ascending.
+    batches are padded to where shapes must be static (compiled); at most 8, ascending.
     """
 
     precision: Precision = "float32"
@@ -28,7 +28,7 @@ class PredictorConfig:
     cache_items: int = 100_000
     cache_megabytes: int = 1024
     max_rows: int = 10_240
-    buckets: tuple[int, ...] = (64, 256, 1024, 2048, 5120, 10_240)
+    buckets: tuple[int, ...] = (64, 256, 1024, 2048, 4096, 10_240)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run; raises ValueError."""

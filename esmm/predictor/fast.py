@@ -15,6 +15,7 @@ import torch
 from esmm.batch import FeatureBlock, Float32, Int64, RankBatch, Scores, Source, zero_block
 from esmm.features import SOURCES
 from esmm.model import ESMM
+from esmm.predictor.compiled import CompiledRows, has_compiler
 from esmm.predictor.config import Pending, PredictorConfig, Served
 from esmm.predictor.fold import fold
 from esmm.predictor.plain import scores_of
@@ -33,6 +34,7 @@ class PredictorStats:
     items: int = 0
     item_hits: int = 0
     users: int = 0
+    padded: int = 0  # rows computed for nothing, to fill buckets
 
 
 class FastPredictor:
@@ -54,7 +56,12 @@ class FastPredictor:
             dtype,
             config.device,
         )
-        self._rows = EagerRows(self._folded, self._table.parts, dtype)
+        self._eager = EagerRows(self._folded, self._table.parts, dtype)
+        self._rows: EagerRows | CompiledRows = self._eager
+        if config.compile and has_compiler():
+            self._rows = CompiledRows(self._folded, self._table.parts, dtype, config.buckets)
+        elif config.compile:
+            self.served = self.served._replace(warning="no C++ compiler: not compiled")
         self._slots = threading.Semaphore(QUEUE)
         self._thread = ThreadPoolExecutor(1, f"predictor-{version}", torch.set_num_threads, (config.threads,))
 
@@ -92,7 +99,20 @@ class FastPredictor:
         return self._thread.submit(self._logits, batch).result()
 
     def warm(self) -> None:
-        """Run a batch of every bucket size, so that no later batch pays for a kernel's first use."""
+        """Run a batch of every bucket size, so that no later batch pays for compiling or for a kernel's first use.
+
+        What does not compile here is run operation by operation, and `served` warns of it.
+        """
+        try:
+            self._warm()
+        except Exception as error:  # compilers fail in any way
+            if self._rows is self._eager:
+                raise
+            self._rows = self._eager
+            self.served = self.served._replace(warning=f"not compiled: {type(error).__name__}: {str(error)[:200]}")
+            self._warm()
+
+    def _warm(self) -> None:
         layouts = [self._model.schema.layout(source) for source in SOURCES]
         for rows in self._config.buckets:
             user, item, context = (zero_block(layout, rows) for layout in layouts)
@@ -125,6 +145,8 @@ class FastPredictor:
         self.stats.users += batch.user.rows
         parts_BS, context_BD = np.stack(parts, 1), self._embed("context", batch.context)
         logits_B2 = self._rows.logits(parts_BS, context_BD)
+        if isinstance(self._rows, CompiledRows):
+            self.stats.padded, self._rows.padded = self.stats.padded + self._rows.padded, 0
         if not self._table.clean:
             logits_B2[self._table.poisoned[parts_BS].any(1)] = np.nan
         if context_BD.shape[1]:

@@ -16,7 +16,12 @@ from torch import Tensor
 from esmm.batch import Float32, Int64
 from esmm.predictor.fold import Activation, Folded, Layer
 
-CHUNK = 1024  # rows; 2 MiB of first hidden layer at towers of 256 in float32, measured best of 128 to 10,240
+CHUNK_BYTES = 2 << 20  # of first hidden layer: 1,024 rows of two towers of 256 in float32, 2,048 in bfloat16, measured
+
+
+def chunk_rows(bytes_a_row: int) -> int:
+    """Rows of a chunk."""
+    return min(max(CHUNK_BYTES // bytes_a_row, 128), 4096)
 
 
 class EagerRows:
@@ -26,12 +31,13 @@ class EagerRows:
         """``dtype`` of the table, the activations and all layers but the last, which is float32."""
         self._bags_RH = table.view(-1, folded.width // 2)  # a table row is two bags: CTR's part, CVR's part
         self._dtype = dtype
+        self._chunk = chunk_rows(folded.width * dtype.itemsize)
         self._activation = folded.activation
         context_DT = folded.first["context"]
         self._context_2DH = (
             context_DT.view(len(context_DT), 2, folded.width // 2).transpose(0, 1).contiguous().to(dtype)
         )
-        self._layers = [TwoLinears(layer, dtype) for layer in folded.layers]
+        self._layers = [TwoLinears(layer, dtype, self._chunk) for layer in folded.layers]
         self._final_2K = folded.final_2K
         self._final_bias = folded.final_bias
         self._offsets: dict[tuple[int, int], Tensor] = {}
@@ -42,8 +48,8 @@ class EagerRows:
         bags_2BS = np.stack([2 * parts_BS, 2 * parts_BS + 1])
         context_BD = context_BD.to(self._dtype)
         out_2B = torch.empty((2, rows))
-        for start in range(0, rows, CHUNK):
-            chunk = slice(start, min(start + CHUNK, rows))
+        for start in range(0, rows, self._chunk):
+            chunk = slice(start, min(start + self._chunk, rows))
             h_2CH = self._first(torch.from_numpy(bags_2BS[:, chunk].reshape(-1)), parts_BS.shape[1], context_BD[chunk])
             h: Any = activate(h_2CH, self._activation)
             for layer in self._layers:
@@ -69,12 +75,12 @@ class EagerRows:
 class TwoLinears:
     """One later layer of both towers with its activation; oneDNN's packed, fused form where torch has it."""
 
-    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
-        """Pack the weights once."""
+    def __init__(self, layer: Layer, dtype: torch.dtype, rows: int) -> None:
+        """Pack the weights once, for chunks of ``rows`` rows."""
         self._activation = layer.activation
         self._bias = [bias.to(dtype) for bias in layer.bias_2L]
         self._weight_KL = [weight.to(dtype).T.contiguous() for weight in layer.weight_2LK]
-        self._packed = _pack(layer, dtype)
+        self._packed = _pack(layer, dtype, rows)
 
     def __call__(self, h: Any) -> list[Tensor]:
         """h[0], h[1] (C, K), contiguous -> two (C, L), activated."""
@@ -95,11 +101,11 @@ class TwoLinears:
 _FUSED = {"relu": "relu", "sigmoid": "sigmoid", "linear": "none", "prelu": "leaky_relu"}
 
 
-def _pack(layer: Layer, dtype: torch.dtype) -> list[Tensor] | None:
+def _pack(layer: Layer, dtype: torch.dtype, rows: int) -> list[Tensor] | None:
     """Weights in oneDNN's blocked layout, or None where this torch or processor cannot use it: asked by trying."""
     try:
         ops = torch.ops.mkldnn
-        packed = [ops._reorder_linear_weight(weight.to(dtype).contiguous(), CHUNK) for weight in layer.weight_2LK]  # noqa: SLF001
+        packed = [ops._reorder_linear_weight(weight.to(dtype).contiguous(), rows) for weight in layer.weight_2LK]  # noqa: SLF001
         one_1K, bias = layer.weight_2LK.new_zeros((1, layer.weight_2LK.shape[2]), dtype=dtype), layer.bias_2L[0]
         ops._linear_pointwise(one_1K, packed[0], bias.to(dtype), "none", [], "")  # noqa: SLF001
     except (RuntimeError, AttributeError):

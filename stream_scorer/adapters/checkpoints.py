@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_arrays
 from safetensors.numpy import save as pack_arrays
 
+from stream_scorer.adapters.durable import sync, sync_tree
 from stream_scorer.core.errors import ConfigurationError
 from stream_scorer.ports import SavedCheckpoint
 
@@ -66,7 +67,7 @@ class DirectoryCheckpoints:
             (temporary / ARRAYS).write_bytes(pack_arrays(contiguous))
             manifest = {"format": FORMAT, "files": _listing(temporary)}
             (temporary / MANIFEST).write_text(json.dumps(manifest))
-            _sync_tree(temporary)
+            sync_tree(temporary)
             temporary.rename(self._path(number))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -106,9 +107,9 @@ class DirectoryCheckpoints:
     def _point(self, number: int) -> None:
         temporary = self._root / f".current-{secrets.token_hex(8)}"
         temporary.write_text(f"{number:012d}\n")
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(self._root / POINTER)
-        _sync(self._root)
+        sync(self._root)
 
 
 def _load(path: Path) -> SavedCheckpoint:
@@ -148,18 +149,3 @@ def _listing(root: Path) -> dict[str, dict[str, Any]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_tree(root: Path) -> None:
-    for directory, _, files in os.walk(root, topdown=False):
-        for name in files:
-            _sync(Path(directory) / name)
-        _sync(Path(directory))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

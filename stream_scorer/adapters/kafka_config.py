@@ -11,10 +11,10 @@ import structlog
 from confluent_kafka import KafkaError
 
 from stream_scorer.core.errors import ConfigurationError
+from stream_scorer.core.secrets import MASK, is_secret
 
 Option = str | int | float | bool
 
-SECRET_WORDS = ("password", "secret", "token", "jaas", "private", "key.pem", "oauthbearer")
 OWNED = frozenset(  # our promises rest on these: a passed-through option must not undo them
     {
         "bootstrap.servers",
@@ -85,10 +85,10 @@ class KafkaConfig:
 
     def redact(self, text: str) -> str:
         """``text`` without any secret of this configuration."""
-        secrets = [str(value) for key, value in self.options.items() if any(word in key for word in SECRET_WORDS)]
+        secrets = [str(value) for key, value in self.options.items() if is_secret(key)]
         for secret in (self.password, *secrets):
             if secret:
-                text = text.replace(secret, "********")
+                text = text.replace(secret, MASK)
         return text
 
     def explain(self, error: KafkaError) -> str:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stream_scorer.adapters.durable import sync, sync_tree
 from stream_scorer.core.errors import ConfigurationError, ModelRefused, RecoverableError
 from stream_scorer.ports import VersionInfo
 
@@ -84,12 +85,12 @@ class DirectoryStore:
             temporary.mkdir()
             try:
                 write(temporary, version)
-                _sync_tree(temporary)
+                sync_tree(temporary)
                 if not _rename(temporary, self._path(version)):
                     continue
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            _sync(self._versions)
+            sync(self._versions)
             if promote:
                 self.promote(version)
             return version
@@ -108,7 +109,7 @@ class DirectoryStore:
             temporary.replace(self._pointer)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(self._root)
+        sync(self._root)
 
     def prune(self, keep: int) -> list[int]:
         """See `stream_scorer.ports.ModelStore`. Nothing is deleted while the pointer is unreadable."""
@@ -156,18 +157,3 @@ def _rename(temporary: Path, target: Path) -> bool:
             return False
         raise
     return True
-
-
-def _sync_tree(directory: Path) -> None:
-    for folder, _, files in os.walk(directory, topdown=False):
-        for name in files:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,7 +6,6 @@ batch.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from redis.retry import Retry
 
 from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.errors import ConfigurationError
+from stream_scorer.core.secrets import mask_url
 
 PROBE_FIRST_S = 0.25
 PROBE_LONGEST_S = 5.0
@@ -49,10 +49,7 @@ class RedisConfig:
     @property
     def where(self) -> str:
         """The URL without its password."""
-        url = re.sub(r"([?&](?:password|username)=)[^&]*", r"\1********", self.url)
-        scheme, separator, rest = url.partition("://")
-        credentials, at, host = rest.rpartition("@")
-        return f"{scheme}{separator}{credentials.partition(':')[0]}:********@{host}" if at else url
+        return mask_url(self.url)
 
     def explain(self, error: Exception) -> str:
         """One line: what is wrong and what to do about it."""

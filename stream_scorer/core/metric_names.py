@@ -17,7 +17,6 @@ class Metric(NamedTuple):
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 ROWS = (1, 10, 50, 100, 500, 1000, 2000, 5000, 10000, 20000, 50000)
-RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 # scorer
 REQUESTS = Metric("requests_total", "counter", "score requests read")
@@ -26,7 +25,6 @@ CANDIDATES = Metric("candidates_total", "counter", "candidate rows scored")
 REJECTED = Metric("rejected_total", "counter", "messages sent to score-rejects", ("reason",))
 STALE_EPOCH = Metric("stale_epoch_total", "counter", "results dropped because their partition had moved")
 BATCH_ROWS = Metric("batch_rows", "histogram", "candidate rows a batch", (), ROWS)
-BATCH_FILL = Metric("batch_fill_ratio", "histogram", "rows over the padded rows computed", (), RATIO)
 STAGE_SECONDS = Metric("stage_seconds", "histogram", "time a batch spends in a stage", ("stage",), SECONDS)
 LATENCY_SECONDS = Metric("latency_seconds", "histogram", "request timestamp to scored", (), SECONDS)
 LAG = Metric("lag_records", "gauge", "records behind the end of the assigned partitions")
@@ -43,8 +41,6 @@ MODEL_SWAPS = Metric("model_swaps_total", "counter", "versions taken into servic
 MODEL_REFUSED = Metric("model_refused_total", "counter", "versions refused", ("reason",))
 MODEL_LOAD_SECONDS = Metric("model_load_seconds", "histogram", "verify, load, warm and probe", (), SECONDS)
 # trainer
-SERVED_READ = Metric("served_total", "counter", "served messages read")
-FEEDBACK_READ = Metric("feedback_total", "counter", "feedback messages read", ("kind",))
 TRAINER_REJECTED = Metric("trainer_rejected_total", "counter", "served or feedback messages rejected", ("reason",))
 JOIN_OUTCOME = Metric("join_outcome_total", "counter", "what became of an event in the join", ("outcome",))
 JOIN_OPEN = Metric("join_open", "gauge", "entries held by the join state", ("state",))

@@ -26,6 +26,7 @@ class WatermarkPolicy:
     topic_idle_ms: int = 600_000  # .. and this long when the whole feedback topic is silent
     max_jump_ms: int = 86_400_000  # an event further ahead of its partition is not believed ..
     confirm: int = 100  # .. until as many came in a row
+    max_ahead_ms: int = 60_000  # an event this far ahead of its own record comes from a wrong clock
 
 
 class _Progress:
@@ -84,6 +85,8 @@ class Watermark:
             self._newest_record_ms = record_ms
         if at.idle:
             at.idle, self._slowest = False, None
+        if event_ms > record_ms + self._policy.max_ahead_ms:
+            return False
         if event_ms > at.event_ms:
             if event_ms - at.event_ms > self._policy.max_jump_ms and at.event_ms != BEGINNING:
                 at.jumps += 1

@@ -10,7 +10,6 @@ import typer
 from esmm.checkpoint import CheckpointError, load_version, probe
 from esmm.features import FeatureSchema
 from stream_scorer.adapters.feature_writer import check_meta, read_meta
-from stream_scorer.adapters.kafka_admin import TopicPlan, create_topics
 from stream_scorer.adapters.kafka_admin import connect as describe
 from stream_scorer.adapters.model_store import DirectoryStore
 from stream_scorer.core.errors import ConfigurationError, StreamScorerError
@@ -92,8 +91,7 @@ def _trainer(settings: Settings) -> str:
 def run_topics_create(settings: Settings) -> int:
     """Create the topics that are not there, and say which."""
     kafka = settings.kafka
-    plan = TopicPlan(connect.all_topics(settings), kafka.partitions, kafka.replication)
-    created = create_topics(connect.kafka_config(settings), plan, kafka.connect_timeout_s)
+    created = connect.make_topics(settings, kafka.partitions, kafka.replication, kafka.connect_timeout_s)
     for name in connect.all_topics(settings):
         typer.echo(f"{name}: {'created' if name in created else 'was there'}")
     return 0

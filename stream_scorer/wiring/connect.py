@@ -7,7 +7,7 @@ from pathlib import Path
 
 from esmm.batch import SourceLayout
 from esmm.features import FeatureSchema
-from stream_scorer.adapters.kafka_admin import check_topics
+from stream_scorer.adapters.kafka_admin import TopicPlan, check_topics, create_topics
 from stream_scorer.adapters.kafka_config import KafkaConfig
 from stream_scorer.adapters.redis_link import RedisConfig
 from stream_scorer.core.errors import ConfigurationError
@@ -38,6 +38,20 @@ def all_topics(settings: Settings) -> list[str]:
     """The five topics."""
     topics = settings.kafka.topics
     return [topics.requests, topics.scores, topics.served, topics.feedback, topics.rejects]
+
+
+REJECT_HEADROOM = 64 << 10  # a reject is the original and headers that say why
+BROKER_DEFAULT = 1_048_588  # Kafka's own max.message.bytes
+
+
+def make_topics(settings: Settings, partitions: int, replication: int, timeout_s: float) -> list[str]:
+    """Create what is not there yet and say which; `score-rejects` takes messages that its headers made longer."""
+    config, topics = kafka_config(settings), settings.kafka.topics
+    largest = max(BROKER_DEFAULT, settings.scorer.max_bytes) + REJECT_HEADROOM
+    others = [name for name in all_topics(settings) if name != topics.rejects]
+    created = create_topics(config, TopicPlan(others, partitions, replication), timeout_s)
+    room = {"max.message.bytes": str(largest)}
+    return created + create_topics(config, TopicPlan([topics.rejects], partitions, replication, room), timeout_s)
 
 
 def require_topics(settings: Settings, names: Sequence[str]) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import structlog
 
-from stream_scorer.settings import SECRET_WORDS, mask_url
+from stream_scorer.core.secrets import MASK, is_secret, mask_url
 
 
 def _mask(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for key, value in event.items():
-        if any(word in key.lower() for word in SECRET_WORDS):
-            event[key] = "********"
+        if is_secret(key):
+            event[key] = MASK
         elif isinstance(value, str) and "://" in value:
             event[key] = mask_url(value)
     return event

@@ -118,7 +118,6 @@ def _scorer(market: Mapping[str, Any], scorer: Mapping[str, Any]) -> ScorerPart:
         rejected=scorer["rejected"],
         candidates_per_s=market.get("candidates_per_s"),
         latency_ms=LatencyMs(latency.get("p50"), latency.get("p99")),
-        lag=scorer.get("lag"),
         model_version=scorer.get("model_version"),
         degraded_share=market["degraded"] / market["scored"] if market.get("scored") else None,
         missing_share=market["missing"] / market["candidates"] if market.get("candidates") else None,

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +29,9 @@ from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.errors import ConfigurationError, FatalError
 from stream_scorer.core.messages import Feedback, ScoreRequest
 from stream_scorer.core.packed import Entity
-from stream_scorer.core.records import OutRecord, TopicPartition
+from stream_scorer.core.records import OutRecord
 from stream_scorer.embedded.datasets import DATASETS
+from stream_scorer.embedded.plan import Joined
 from stream_scorer.embedded.replay import FeatureUpdate, InFlight, Layouts, Replay, ReplayOptions, Request
 from stream_scorer.settings import Settings
 from stream_scorer.wiring import connect
@@ -127,22 +127,6 @@ def _report(command: ReplayCommand, replay: Replay, account: Account, elapsed_s:
     return 0 if lost == 0 and account.duplicates == 0 else 1
 
 
-class _Listener:
-    """Notes the assignment of the scores topic."""
-
-    def __init__(self) -> None:
-        self.partitions: set[TopicPartition] = set()
-
-    def on_assign(self, partitions: Sequence[TopicPartition]) -> None:
-        self.partitions |= set(partitions)
-
-    def on_revoke(self, partitions: Sequence[TopicPartition]) -> None:
-        self.partitions -= set(partitions)
-
-    def on_lost(self, partitions: Sequence[TopicPartition]) -> None:
-        self.partitions -= set(partitions)
-
-
 class _Driver:
     """Writes features, asks, tells, and counts the scores that come back."""
 
@@ -164,7 +148,7 @@ class _Driver:
         self._join()
 
     def _join(self) -> None:
-        listener, give_up = _Listener(), time.monotonic() + JOIN_S
+        listener, give_up = Joined(), time.monotonic() + JOIN_S
         self._scores.subscribe(listener)
         while not listener.partitions:
             if time.monotonic() > give_up:

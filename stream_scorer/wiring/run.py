@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -36,6 +37,7 @@ from stream_scorer.wiring.status import StatusLines
 
 _log = structlog.get_logger("stream_scorer")
 CLOSE_S = 10.0
+SWITCH_S = 1e-4  # the compute thread takes the interpreter lock after each torch operation: it must not wait 5 ms
 
 
 def run_score(settings: Settings, config: Path | None, workers: int, stop: threading.Event, status: bool) -> int:
@@ -71,6 +73,7 @@ def run_score(settings: Settings, config: Path | None, workers: int, stop: threa
         stack.callback(source.close)
         _serve_http(settings, stack, metrics, lambda: scorer.hold)
         stack.enter_context(StatusLines(status, "scorer", lambda: _scorer_status(scorer)))
+        sys.setswitchinterval(SWITCH_S)
         scorer.run(stop)
     stats = scorer.stats()
     typer.echo(

@@ -13,7 +13,7 @@ import numpy as np
 
 from esmm.batch import zero_block
 from stream_scorer.adapters.feature_writer import FeatureWriter
-from stream_scorer.adapters.kafka_admin import TopicPlan, create_topics, delete_topics
+from stream_scorer.adapters.kafka_admin import delete_topics
 from stream_scorer.embedded.broker import EmbeddedBroker
 from stream_scorer.embedded.kafka_home import KafkaHome
 from stream_scorer.embedded.market_features import MARKET_TOML
@@ -89,7 +89,7 @@ def _redis(stack: ExitStack, options: WorldOptions) -> tuple[str, str]:
 def _own_topics(stack: ExitStack, settings: Settings, topics: Topics) -> None:
     config = connect.kafka_config(settings)
     names = list(topics.model_dump().values())
-    create_topics(config, TopicPlan(names, PARTITIONS, 1), TOPICS_TIMEOUT_S)
+    connect.make_topics(settings, PARTITIONS, 1, TOPICS_TIMEOUT_S)
     stack.callback(delete_topics, config, names, TOPICS_TIMEOUT_S)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from esmm.checkpoint import load_version, save_version
 from esmm.learner import Evaluator, Learner, LearnerConfig
 from esmm.model import ESMM
-from stream_scorer.adapters import checkpoints
+from stream_scorer.adapters import checkpoints, durable
 from stream_scorer.adapters.join_rocks import RocksJoinState
 from stream_scorer.adapters.join_state import MemoryJoinState
 from stream_scorer.core.deadline import Deadline
@@ -65,7 +65,7 @@ def learner() -> Learner:
 def live(root: Path, state: str, bomb: Bomb) -> dict[str, Any]:
     """One life: from the newest checkpoint to the end of the topics."""
     Path.rename = bomb.wrap(Path.rename)  # type: ignore[method-assign]
-    checkpoints._sync = bomb.wrap(checkpoints._sync)
+    durable.sync = checkpoints.sync = bomb.wrap(durable.sync)
     world = TrainerWorld(
         root,
         policy=CRASHING,

@@ -113,7 +113,8 @@ class Loop:
 
     def produce(self, topic: str, messages: list[tuple[bytes | None, bytes | None]]) -> None:
         """(key, value) pairs, acknowledged."""
-        producer = Producer({"bootstrap.servers": self.settings.kafka.bootstrap, "log_level": 3})
+        address = self.settings.kafka.bootstrap
+        producer = Producer({"bootstrap.servers": address, "message.max.bytes": 2 << 20, "log_level": 3})
         for key, value in messages:
             producer.produce(topic, value, key)
         assert producer.flush(20) == 0

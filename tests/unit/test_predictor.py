@@ -10,7 +10,8 @@ from esmm.batch import FeatureBlock, RankBatch
 from esmm.checkpoint import golden_batch, golden_logits, random_golden
 from esmm.features import DenseFeat, FeatureSchema, SparseFeat, VarLenSparseFeat
 from esmm.model import ESMM
-from esmm.predictor import build
+from esmm.predictor import build, compiled
+from esmm.predictor.compiled import has_compiler, plan
 from esmm.predictor.config import PrecisionError, PredictorConfig
 from esmm.predictor.fast import FastPredictor
 from esmm.predictor.plain import PlainPredictor
@@ -296,3 +297,49 @@ def test_processor_flags_are_read(tmp_path) -> None:
     path.write_text("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\n\nprocessor\t: 1\nflags\t: none\n")
     assert processor_flags(path) == {"fpu", "avx512f", "avx512_bf16"}
     assert processor_flags(tmp_path / "absent") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(0, []), (1, [8]), (8, [8]), (9, [8, 8]), (30, [32]), (33, [32, 8]), (200, [100, 100])]
+)
+def test_plan_covers_the_rows_with_few_buckets(rows: int, expected: list[int]) -> None:
+    assert plan(rows, (8, 32, 100)) == expected
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_scores_are_the_plain_ones_and_the_next_version_compiles_nothing(fast, precision: str) -> None:
+    options = {"dnn_activation": "prelu", "dnn_use_bn": True}
+    first, second = (make_model(seed=seed, **options) for seed in (1, 2))
+    batch = make_batch(4, 20, 150)
+    predictor = fast(first, precision=precision, compile=True, buckets=(8, 100))
+    predictor.warm()
+    assert predictor.served.warning is None
+    tolerance = {"float32": 1e-5, "bfloat16": 0.05}[precision]
+    np.testing.assert_allclose(predictor.logits(batch), PlainPredictor(first, 1).logits(batch), atol=tolerance)
+    assert predictor.stats.padded == sum(plan(150, (8, 100))) - 150
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    following = fast(second, precision=precision, compile=True, buckets=(8, 100))
+    following.warm()
+    np.testing.assert_allclose(following.logits(batch), PlainPredictor(second, 1).logits(batch), atol=tolerance)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
+
+
+def test_what_does_not_compile_is_served_eagerly_with_a_warning(fast, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_):
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(compiled, "compiled_graph", lambda: refuse)
+    monkeypatch.setattr("esmm.predictor.fast.has_compiler", lambda: True)
+    predictor = fast(compile=True, buckets=(8,))
+    predictor.warm()
+    assert "no such compiler" in predictor.served.warning
+    batch = make_batch(2, 3, 9)
+    expected = PlainPredictor(make_model(), 3).logits(batch)
+    np.testing.assert_allclose(predictor.logits(batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_nothing_is_tried(fast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esmm.predictor.fast.has_compiler", lambda: False)
+    assert fast(compile=True).served.warning == "no C++ compiler: not compiled"

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stream_scorer.settings import Settings, SettingsError, load, mask_url, masked
+from stream_scorer.core.secrets import mask_url
+from stream_scorer.settings import Settings, SettingsError, load, masked
 
 
 def write(tmp_path: Path, text: str) -> Path:

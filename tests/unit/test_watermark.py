@@ -89,3 +89,14 @@ def test_state_survives_json() -> None:
         assert one.observe(where, event, at) == two.observe(where, event, at)
         assert one.value_ms == two.value_ms
     assert one.newest_ms == two.newest_ms
+
+
+def test_a_clock_that_is_ahead_of_the_broker_is_not_believed() -> None:
+    mark = Watermark(WatermarkPolicy(lateness_ms=0))
+    mark.observe(A, 1_000, 1_000)
+    hours_ahead = 23 * 3_600_000
+    assert not mark.observe(A, hours_ahead, 1_001)
+    assert mark.newest_ms == 1_000  # so a quiet second cannot carry event time into the future
+    assert not mark.observe(B, hours_ahead, 1_002)  # nor can a partition's first event
+    assert mark.observe(A, 1_500, 1_003)
+    assert mark.newest_ms == 1_500
