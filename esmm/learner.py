@@ -7,7 +7,7 @@ One thread at a time. On one compute thread every step is reproducible bit for b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +29,15 @@ from esmm.delay import (
     sample_classes,
     served_ctcvr,
 )
+from esmm.features import SOURCES
 from esmm.heads import HeadRule, Heads, Trust
 from esmm.loss import entire_space_loss
 from esmm.model import ESMM, probabilities
 from esmm.optim import DenseAdam, RowRule, Tables, Touched
 from esmm.restart import read_state, refused, write_state
+from esmm.towers import HandTowers, Part, Precision, distinct
 
+InputAt = Callable[[Tensor], Tensor]  # some of the B rows -> the towers' input there, detached
 WriteVersion = Callable[[Path, ESMM, Mapping[str, Any]], object]
 
 
@@ -48,6 +51,8 @@ class LearnerConfig:
     embedding: RowRule = field(default_factory=RowRule)
     heads: HeadRule = field(default_factory=HeadRule)
     clip_norm: float = 10.0  # of the whole gradient, embeddings included
+    precision: Precision = "float32"  # of the towers' matrix products
+    by_hand: bool = True  # False: towers under autograd, the plain path, whatever the model
     seed: int = 1024
     threads: int = 1
 
@@ -84,6 +89,7 @@ class _Forward(NamedTuple):
     """One batch through the towers and heads, with what it will teach."""
 
     logits_B2: Tensor
+    parts: Sequence[Part]  # what the towers by hand were given; empty under autograd
     head_logits_B2: Tensor
     rows: Rows
     weights: Weights
@@ -99,7 +105,7 @@ class Learner:
         """Take the model's parameters over (they become views of the optimisers' memory); it must be on the CPU.
 
         ``write_version`` is how `export` writes a version: `esmm.checkpoint.save_version`.
-        Raises ValueError for an unknown method.
+        Raises ValueError for an unknown method, or one that cannot do with the ``negative_keep`` asked for.
         """
         torch.set_num_threads(config.threads)
         self.model, self.config, self.steps = model, config, 0
@@ -110,6 +116,8 @@ class Learner:
         dense = [p for name, p in model.named_parameters() if not name.startswith("embedding_dict.")]
         self._adam = DenseAdam(dense, config.learning_rate, config.l2_dense)
         self._heads = Heads(model.input_dim, config.heads, config.seed)
+        by_hand = config.by_hand and HandTowers.fit(model)
+        self._hand = HandTowers(model, config.precision) if by_hand else None
         self._dropout = model.hyper["dnn_dropout"] > 0
         self._batch_norm = [buffer for name, buffer in model.named_buffers() if ".bn." in name]
 
@@ -130,6 +138,7 @@ class Learner:
             self._adam.zero()
             self._heads.adam.zero()
             (forward.loss + forward.head_loss).backward()  # type: ignore[no-untyped-call]
+            self._towers_backward(forward)
             finite = self._learn(forward, self._tables.collect())
             if not finite:
                 undo()
@@ -141,11 +150,8 @@ class Learner:
     def _forward(self, examples: Examples) -> _Forward:
         columns = (examples.click_B, examples.conversion_B, examples.observed_B)
         rows = sample_classes(torch.tensor(examples.kind_B), *(torch.tensor(c, dtype=torch.float32) for c in columns))
-        ids_BS, dense_BD = _inputs(self.model, examples, slice(None))
-        x_BD = self.model.embed(ids_BS, dense_BD, self._tables.lookup)
-        with self._own_randomness():
-            logits_B2 = self.model.towers(x_BD)
-        head_logits_B2 = self._head_logits(x_BD.detach(), rows)
+        logits_B2, parts, x_of = self._towers_forward(examples)
+        head_logits_B2 = self._head_logits(x_of, rows)
         rn_B, dp_B = torch.sigmoid(head_logits_B2.detach()).unbind(1)
         beliefs = Beliefs(torch.sigmoid(logits_B2.detach()[:, 1]), rn_B, dp_B)
         weights = (fake_negative if self.fallback else self.method.weights)(rows, beliefs)
@@ -153,17 +159,48 @@ class Learner:
         click_B = torch.tensor(examples.click_B, dtype=torch.float32)
         loss = entire_space_loss(logits_B2, click_B, rows.first_B, *weights)
         return _Forward(
-            logits_B2, head_logits_B2, rows, weights, targets, loss, self._heads.loss(head_logits_B2, targets)
+            logits_B2, parts, head_logits_B2, rows, weights, targets, loss, self._heads.loss(head_logits_B2, targets)
         )
 
-    def _head_logits(self, x_BD: Tensor, rows: Rows) -> Tensor:
+    def _towers_forward(self, examples: Examples) -> tuple[Tensor, Sequence[Part], InputAt]:
+        """Logits to differentiate by, the parts to go back through, and the towers' input at any rows, detached."""
+        if self._hand is None:
+            ids_BS, dense_BD = _inputs(self.model, examples, slice(None))
+            x_BD = self.model.embed(ids_BS, dense_BD, self._tables.lookup)
+            with self._own_randomness():
+                return self.model.towers(x_BD), (), lambda index_K: x_BD.detach().index_select(0, index_K)
+        parts = []
+        for source, block in zip(SOURCES, (examples.user, examples.item, examples.context), strict=True):
+            unique, row_of_B = distinct(block)
+            ids_US, dense_UD = torch.from_numpy(unique.ids_NS), torch.from_numpy(unique.dense_ND)
+            parts.append(Part(self.model.embed_source(source, ids_US, dense_UD, self._tables.lookup), row_of_B))
+        logits_B2 = self._hand.forward(parts, examples.rows).requires_grad_()
+        columns_D = torch.from_numpy(np.concatenate([self.model.input_columns(source) for source in SOURCES]))
+
+        def x_of(index_K: Tensor) -> Tensor:
+            x_KD = torch.cat([part.rows(index_K) for part in parts], 1)
+            return torch.empty_like(x_KD).index_copy_(1, columns_D, x_KD)
+
+        return logits_B2, parts, x_of
+
+    def _towers_backward(self, forward: _Forward) -> None:
+        """By hand from the logits to the embeddings, which autograd takes from there."""
+        if self._hand is None:
+            return
+        grads = self._hand.backward(_gradient(forward.logits_B2))
+        pairs = [(p.x_UD, g) for p, g in zip(forward.parts, grads, strict=True) if g is not None]
+        outputs = [x_UD[:, : grad_UE.shape[1]] for x_UD, grad_UE in pairs]
+        if outputs:
+            torch.autograd.backward(outputs, [grad_UE for _, grad_UE in pairs])
+
+    def _head_logits(self, x_of: InputAt, rows: Rows) -> Tensor:
         """Logits of [f_rn, f_dp] where the method or the heads' own loss asks for them, zero elsewhere."""
-        logits_B2 = torch.zeros(len(x_BD), 2)
+        logits_B2 = torch.zeros(len(rows.first_B), 2)
         if not self.method.needs_heads:
             return logits_B2
-        used_B = rows.pending_B + rows.matured_B if not self.method.needs_dp else torch.ones(len(x_BD))
+        used_B = rows.pending_B + rows.matured_B if not self.method.needs_dp else torch.ones(len(logits_B2))
         index_K = used_B.nonzero()[:, 0]
-        return logits_B2.index_copy(0, index_K, self._heads(x_BD.index_select(0, index_K)))
+        return logits_B2.index_copy(0, index_K, self._heads(x_of(index_K)))
 
     def _learn(self, forward: _Forward, touched: list[Touched]) -> bool:
         """Apply the gradients if all are finite; says whether they were."""
@@ -270,3 +307,9 @@ def _inputs(model: ESMM, examples: Examples, rows: slice) -> tuple[Tensor, Tenso
     blocks = (examples.user, examples.item, examples.context)
     ids_BS, dense_BD = model.schema.pack(*(FeatureBlock(b.ids_NS[rows], b.dense_ND[rows]) for b in blocks))
     return torch.from_numpy(ids_BS), torch.from_numpy(dense_BD)
+
+
+def _gradient(of: Tensor) -> Tensor:
+    if of.grad is None:
+        raise AssertionError("the loss did not reach the logits")
+    return of.grad

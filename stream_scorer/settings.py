@@ -125,6 +125,9 @@ class TrainerSettings(_Section):
     max_wait_s: float = Field(1.0, gt=0, description="a smaller step is taken after this long")
     learning_rate: float = Field(1e-3, gt=0)
     embedding_learning_rate: float = Field(0.02, gt=0)
+    negative_keep: float = Field(
+        1.0, gt=0, le=1, description="share of unclicked impressions learned from; the loss undoes the sampling"
+    )
     publish_every_s: float = Field(60.0, gt=0)
     publish_every_examples: int = Field(0, ge=0, description="0: only by time")
     checkpoint_dir: str = "checkpoints"

@@ -148,6 +148,7 @@ def learner(settings: Settings, schema: FeatureSchema) -> Learner:
         learning_rate=trainer.learning_rate,
         l2_dense=model.l2_dense,
         embedding=RowRule(learning_rate=trainer.embedding_learning_rate, l2=model.l2_embedding),
+        negative_keep=trainer.negative_keep,
         seed=model.seed,
         threads=trainer.threads,
     )
@@ -157,10 +158,14 @@ def learner(settings: Settings, schema: FeatureSchema) -> Learner:
 
 def method_of(settings: Settings) -> Method:
     """The delayed-feedback method; `ConfigurationError` when there is none of that name."""
+    trainer = settings.trainer
     try:
-        return method_named(settings.trainer.method)
+        method = method_named(trainer.method)
     except ValueError as error:
         raise ConfigurationError(f"setting 'trainer.method' is wrong: {error}") from error
+    if method.odds_correction and trainer.negative_keep < 1:
+        raise ConfigurationError(f"setting 'trainer.negative_keep' must be 1 with the method {method.name}")
+    return method
 
 
 def judge_of(schema: FeatureSchema) -> Callable[[VersionInfo], Evaluator]:

@@ -64,7 +64,7 @@ def run_pretrain(settings: Settings, options: PretrainOptions) -> int:
         raise ConfigurationError(f"{options.file}: {rows.rows} rows are too few to hold back {options.held_out:g}")
     train, held_out = (rows.take(part) for part in np.split(np.arange(rows.rows), [split]))
     # FIRST rows with final labels: what the oracle learns from; the trainer's own method takes over on the stream
-    trainer = settings.trainer.model_copy(update={"method": "oracle"})
+    trainer = settings.trainer.model_copy(update={"method": "oracle", "negative_keep": 1.0})
     learner = build.learner(settings.model_copy(update={"trainer": trainer}), schema)
     best, epoch = fit(learner, train, held_out, options, settings)
     manifest = {

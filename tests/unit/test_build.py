@@ -11,8 +11,9 @@ from esmm.checkpoint import load_version, save_version
 from esmm.features import DenseFeat, FeatureSchema, SparseFeat
 from esmm.model import ESMM
 from esmm.predictor.config import PredictorConfig
-from stream_scorer.core.errors import ModelRefused
+from stream_scorer.core.errors import ConfigurationError, ModelRefused
 from stream_scorer.ports import VersionInfo
+from stream_scorer.settings import load
 from stream_scorer.wiring import build
 
 SCHEMA = FeatureSchema([SparseFeat("u", 9, 4, source="user"), DenseFeat("x", 2, source="item")])
@@ -50,3 +51,10 @@ def test_a_version_of_another_schema_is_refused_by_name(tmp_path):
     with pytest.raises(ModelRefused) as caught:
         build.loader(other, PredictorConfig())(info)
     assert caught.value.reason == "schema"
+
+
+def test_the_share_of_negatives_reaches_the_learner_and_is_refused_by_name_where_it_cannot_be():
+    keep = {"trainer.negative_keep": 0.25}
+    assert build.learner(load(None, {}, keep), SCHEMA).config.negative_keep == 0.25
+    with pytest.raises(ConfigurationError, match=r"trainer\.negative_keep.* fnc"):
+        build.learner(load(None, {}, {**keep, "trainer.method": "fnc"}), SCHEMA)
