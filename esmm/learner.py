@@ -105,7 +105,7 @@ class Learner:
         """Take the model's parameters over (they become views of the optimisers' memory); it must be on the CPU.
 
         ``write_version`` is how `export` writes a version: `esmm.checkpoint.save_version`.
-        Raises ValueError for an unknown method, or one that cannot do with the ``negative_keep`` asked for.
+        Raises ValueError for an unknown method.
         """
         torch.set_num_threads(config.threads)
         self.model, self.config, self.steps = model, config, 0
