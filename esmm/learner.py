@@ -35,6 +35,7 @@ from esmm.loss import entire_space_loss
 from esmm.model import ESMM, probabilities
 from esmm.optim import DenseAdam, RowRule, Tables, Touched
 from esmm.restart import read_state, refused, write_state
+from esmm.sampling import NegativeSampler
 from esmm.towers import HandTowers, Part, Precision, distinct
 
 InputAt = Callable[[Tensor], Tensor]  # some of the B rows -> the towers' input there, detached
@@ -53,6 +54,7 @@ class LearnerConfig:
     clip_norm: float = 10.0  # of the whole gradient, embeddings included
     precision: Precision = "float32"  # of the towers' matrix products
     by_hand: bool = True  # False: towers under autograd, the plain path, whatever the model
+    negative_keep: float = 1.0  # share of the unclicked first emissions that is learned from, see `esmm.sampling`
     seed: int = 1024
     threads: int = 1
 
@@ -105,12 +107,15 @@ class Learner:
         """Take the model's parameters over (they become views of the optimisers' memory); it must be on the CPU.
 
         ``write_version`` is how `export` writes a version: `esmm.checkpoint.save_version`.
-        Raises ValueError for an unknown method.
+        Raises ValueError for an unknown method, or one that cannot do with the ``negative_keep`` asked for.
         """
         torch.set_num_threads(config.threads)
         self.model, self.config, self.steps = model, config, 0
         self.method = method_named(config.method)
         self.evaluator = Evaluator(model, self.method.odds_correction)
+        self._sampler = NegativeSampler(config.negative_keep)
+        if self.method.odds_correction and config.negative_keep < 1:
+            raise ValueError(f"method {config.method!r} learns t / (1 + t), which does not go with negative_keep < 1")
         self._write_version = write_version
         self._tables = Tables(dict(model.embedding_dict.items()), config.embedding)
         dense = [p for name, p in model.named_parameters() if not name.startswith("embedding_dict.")]
@@ -131,10 +136,16 @@ class Learner:
         return self.evaluator.predict(examples)
 
     def step(self, examples: Examples) -> StepStats:
-        """Predict every row, then take one optimiser step, or none when the loss or its gradient is not finite."""
-        before = self.predict(examples) if self._dropout or self._batch_norm else None
+        """Predict every row, then take one optimiser step, or none when the loss or its gradient is not finite.
+
+        With ``negative_keep`` below 1 all rows are predicted still, so that metrics are of the world as it is; the
+        loss and the first rows in what is returned are those of the rows that were learned from.
+        """
+        learned = self._sampler.take(examples)
+        apart = self._dropout or self._batch_norm or learned is not examples
+        before = self.predict(examples) if apart else None
         with self._undo_batch_norm() as undo:
-            forward = self._forward(examples)
+            forward = self._forward(learned)
             self._adam.zero()
             self._heads.adam.zero()
             (forward.loss + forward.head_loss).backward()  # type: ignore[no-untyped-call]
@@ -157,7 +168,7 @@ class Learner:
         weights = (fake_negative if self.fallback else self.method.weights)(rows, beliefs)
         targets = head_targets(rows)
         click_B = torch.tensor(examples.click_B, dtype=torch.float32)
-        loss = entire_space_loss(logits_B2, click_B, rows.first_B, *weights)
+        loss = entire_space_loss(self._sampler.shifted(logits_B2), click_B, rows.first_B, *weights)
         return _Forward(
             logits_B2, parts, head_logits_B2, rows, weights, targets, loss, self._heads.loss(head_logits_B2, targets)
         )
