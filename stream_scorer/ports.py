@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -114,7 +114,7 @@ class FeatureStore(Protocol):
     """Features by id."""
 
     def fetch(self, users: Sequence[str], items: Sequence[str], now_ms: int, deadline: Deadline) -> Fetched:
-        """Rows for unique user ids and unique item ids in the order given; never raises for an outage (degraded)."""
+        """Rows for the users of R requests and the items of B rows, repeats allowed; an outage never raises (degraded)."""
         ...
 
 
@@ -203,8 +203,8 @@ class ModelStore(Protocol):
         """Point ``current`` at an existing version (also how a rollback is done)."""
         ...
 
-    def prune(self, keep: int) -> list[int]:
-        """Delete all but the newest ``keep`` versions and the current one; says which went."""
+    def prune(self, keep: int, also: Collection[int] = ()) -> list[int]:
+        """Delete all but the newest ``keep`` versions, the current one and those in ``also``; says which went."""
         ...
 
 
@@ -247,9 +247,7 @@ class SavedCheckpoint(NamedTuple):
 class Checkpoints(Protocol):
     """The trainer's own restart points: each appears whole or not at all."""
 
-    def save(
-        self, write: Callable[[Path], None], state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-    ) -> int:
+    def save(self, write: Callable[[Path], None], state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> int:
         """``write`` fills a directory; with ``state`` and ``arrays`` it appears as the next number."""
         ...
 

@@ -28,7 +28,7 @@ from stream_scorer.adapters.durable import sync, sync_tree
 from stream_scorer.core.errors import ConfigurationError
 from stream_scorer.ports import SavedCheckpoint
 
-FORMAT = "stream-scorer-trainer/1"
+FORMAT = "stream-scorer-trainer/2"
 MANIFEST, STATE, ARRAYS, POINTER = "checkpoint.json", "state.json", "arrays.safetensors", "current"
 _NAME = re.compile(r"[0-9]{12}")
 _UNHASHED = (".sst",)

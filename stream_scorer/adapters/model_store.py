@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,12 @@ class DirectoryStore:
             temporary.unlink(missing_ok=True)
         sync(self._root)
 
-    def prune(self, keep: int) -> list[int]:
+    def prune(self, keep: int, also: Collection[int] = ()) -> list[int]:
         """See `stream_scorer.ports.ModelStore`. Nothing is deleted while the pointer is unreadable."""
         if keep < 1:
             raise ValueError(f"keep at least one version, not {keep}")
         current = self.current()
-        gone = [version for version in self.versions()[:-keep] if version != current]
+        gone = [version for version in self.versions()[:-keep] if version != current and version not in also]
         for version in gone:
             dying = self._root / f".dead-{version}-{secrets.token_hex(8)}"
             try:

@@ -1,9 +1,16 @@
-"""May this candidate go live? The candidate against the live model on the same recent rows. Pure.
+"""May this candidate go live? The candidate against published versions on rows that neither had learned from. Pure.
 
 Slices: ``ctr`` on recent first emissions (the click label is final there), and ``cvr`` = CTCVR / CTR on recently
 matured clicks (their conversion label is final). CTCVR on fresh rows does not decide: its labels lack the late
 conversions, so a model that under-predicts would look better on them. AUC does not decide either: a loss that counts
 positives twice gains AUC. What decides is logloss, calibration (PCOC), finiteness, and how far predictions moved.
+
+Rivals: the live version, and the *best* one published lately. A candidate may be a little worse than the live one, so a
+chain of candidates could get worse without end if nothing but the last was compared: the best one stays a rival until
+a version beats it on the same rows.
+
+The candidate is judged by progressive predictions (`core/gate_rows.py`), and by what it says of the same rows *now*:
+it has learned them by now, so that says little for it, but a last step that spoilt it shows.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ class GatePolicy:
     pcoc_max: float = 2.0
     min_examples: int = 200  # first emissions needed to judge at all; as many matured clicks to judge cvr
     min_positives: int = 20  # fewer say too little about PCOC
-    max_distance: float = 6.0  # mean |logit difference| from the live model: a step this large is no learning
+    max_distance: float = 6.0  # mean |logit difference| from the live model: that large must have been worth it
 
 
 class Judged(NamedTuple):
@@ -43,7 +50,10 @@ class Judged(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """``reason`` is a metric label: ok | few_examples | nonfinite | distance | logloss_<slice> | pcoc_<slice>."""
+    """``reason`` is a metric label: ok | few_examples | nonfinite | distance | {logloss, pcoc, ratchet}_<slice>.
+
+    ``ratchet`` is logloss against the best version lately, the others are against the live one.
+    """
 
     promote: bool
     reason: str
@@ -98,27 +108,86 @@ def _logit(p_B: Float32) -> NDArray[np.float64]:
     return out
 
 
-def decide(policy: GatePolicy, live: Verdicts | None, candidate: Verdicts, distance: float = 0.0) -> Decision:
-    """Promote or hold. ``live`` is None when nothing is live yet; then only the candidate's own bounds count."""
-    numbers = _numbers(live, candidate, distance)
-    if not candidate.finite:
-        return Decision(False, "nonfinite", numbers)
+class Contest(NamedTuple):
+    """A candidate and a published version on the same rows."""
+
+    candidate: Verdicts
+    rival: Verdicts
+
+
+def decide(
+    policy: GatePolicy,
+    live: Verdicts | None,
+    candidate: Verdicts,
+    distance: float = 0.0,
+    *,
+    now: Verdicts | None = None,
+    best: Contest | None = None,
+) -> Decision:
+    """Promote or hold. ``live`` is None when nothing is live yet; then only the candidate's own bounds count.
+
+    ``candidate`` is judged by progressive predictions on the rows of ``live``, ``now`` by those of the moment. A rival
+    that is not finite is no rival.
+    """
+    live = live if live is not None and _is_rival(live) else None
+    numbers = _numbers({"live": live, "candidate": candidate, "now": now, "best": best.rival if best else None})
+    numbers["distance"] = distance
+    reason = _hold(policy, live, candidate, now or candidate)
+    if not reason and best is not None and _is_rival(best.rival):
+        reason = _worse(policy, best.rival, best.candidate, "ratchet")
+    if not reason and live is not None and not distance <= policy.max_distance:  # also NaN
+        improved = all(beats(policy, Contest(after, live)) for after in (candidate, now or candidate))
+        reason = "" if improved else "distance"
+    return Decision(not reason, reason or "ok", numbers)
+
+
+def beats(policy: GatePolicy, contest: Contest) -> bool:
+    """Whether the candidate's logloss is lower on first emissions, and not higher on matured clicks if these count."""
+    after, before = contest
+    if after.ctr is None or before.ctr is None or not after.ctr.rows >= policy.min_examples:
+        return False
+    if after.cvr is not None and before.cvr is not None and after.cvr.rows >= policy.min_examples:
+        return after.ctr.logloss < before.ctr.logloss and after.cvr.logloss <= before.cvr.logloss
+    return after.ctr.logloss < before.ctr.logloss
+
+
+def _is_rival(verdicts: Verdicts) -> bool:
+    """Finite, in predictions and in loss."""
+    judged = (verdicts.ctr, verdicts.cvr)
+    return verdicts.finite and all(one is None or math.isfinite(one.logloss) for one in judged)
+
+
+def _hold(policy: GatePolicy, live: Verdicts | None, candidate: Verdicts, now: Verdicts) -> str:
+    """Why not, as far as the live version tells; empty when nothing speaks against it."""
+    if not (candidate.finite and now.finite):
+        return "nonfinite"
     if candidate.ctr is None or candidate.ctr.rows < policy.min_examples:
-        return Decision(False, "few_examples", numbers)
-    if not distance <= policy.max_distance:  # also NaN
-        return Decision(False, "distance", numbers)
-    before: Judged | None
-    for name, after, before in (
-        ("ctr", candidate.ctr, live.ctr if live else None),
-        ("cvr", candidate.cvr, live.cvr if live else None),
-    ):
-        if after is None or after.rows < policy.min_examples:
-            continue
-        if before is not None and not after.logloss <= before.logloss * (1 + policy.logloss_margin):
-            return Decision(False, f"logloss_{name}", numbers)
-        if after.positives >= policy.min_positives and not _calibrated(policy, after, before):
-            return Decision(False, f"pcoc_{name}", numbers)
-    return Decision(True, "ok", numbers)
+        return "few_examples"
+    for after in (candidate, now):
+        reason = _worse(policy, live, after, "logloss") or _uncalibrated(policy, live, after)
+        if reason:
+            return reason
+    return ""
+
+
+def _pairs(policy: GatePolicy, before: Verdicts | None, after: Verdicts) -> list[tuple[str, Judged, Judged | None]]:
+    """Slices with enough rows: name, candidate, rival."""
+    slices = (("ctr", after.ctr, before.ctr if before else None), ("cvr", after.cvr, before.cvr if before else None))
+    return [(name, one, other) for name, one, other in slices if one is not None and one.rows >= policy.min_examples]
+
+
+def _worse(policy: GatePolicy, before: Verdicts | None, after: Verdicts, reason: str) -> str:
+    for name, judged, rival in _pairs(policy, before, after):
+        if rival is not None and not judged.logloss <= rival.logloss * (1 + policy.logloss_margin):
+            return f"{reason}_{name}"
+    return ""
+
+
+def _uncalibrated(policy: GatePolicy, before: Verdicts | None, after: Verdicts) -> str:
+    for name, judged, rival in _pairs(policy, before, after):
+        if judged.positives >= policy.min_positives and not _calibrated(policy, judged, rival):
+            return f"pcoc_{name}"
+    return ""
 
 
 def _calibrated(policy: GatePolicy, after: Judged, before: Judged | None) -> bool:
@@ -128,9 +197,9 @@ def _calibrated(policy: GatePolicy, after: Judged, before: Judged | None) -> boo
     return before is not None and abs(math.log(after.pcoc)) < abs(math.log(before.pcoc))
 
 
-def _numbers(live: Verdicts | None, candidate: Verdicts, distance: float) -> dict[str, float]:
-    out = {"distance": distance}
-    for who, verdict in (("live", live), ("candidate", candidate)):
+def _numbers(models: Mapping[str, Verdicts | None]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for who, verdict in models.items():
         for name in ("ctr", "cvr"):
             judged: Judged | None = getattr(verdict, name) if verdict else None
             if judged is not None:

@@ -1,4 +1,4 @@
-"""Rows on their way into the learner, and the recent ones that the gate judges by."""
+"""Rows on their way into the learner."""
 
 from __future__ import annotations
 
@@ -73,36 +73,6 @@ class Pending:
         """Start from these rows, all emitted by this event time."""
         self._carry, self._emissions, self.settled_ms = examples, [], BEGINNING
         self._marks = deque([[examples.rows, watermark_ms]] if examples is not None else [])
-
-
-class Recent:
-    """The last ``limit`` rows or a little more."""
-
-    def __init__(self, limit: int) -> None:
-        """Empty."""
-        self._limit = limit
-        self._parts: deque[Examples] = deque()
-        self._rows = 0
-
-    def add(self, examples: Examples) -> None:
-        """Rows that follow those before."""
-        if not examples.rows:
-            return
-        self._parts.append(examples)
-        self._rows += examples.rows
-        while self._rows - self._parts[0].rows >= self._limit:
-            self._rows -= self._parts.popleft().rows
-
-    def snapshot(self) -> Examples | None:
-        """All rows, or None."""
-        return concat_examples(list(self._parts)) if self._parts else None
-
-    def restore(self, examples: Examples | None) -> None:
-        """Start from these rows."""
-        self._parts.clear()
-        self._rows = 0
-        if examples is not None:
-            self.add(examples)
 
 
 def to_arrays(prefix: str, examples: Examples | None) -> Arrays:

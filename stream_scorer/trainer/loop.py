@@ -79,7 +79,7 @@ class TrainerPolicy:
     publish_every_s: float = 60.0
     publish_every_examples: int = 0  # 0: only by time
     checkpoint_every_s: float = 60.0
-    gate_rows: int = 4_000  # recent first emissions, and as many matured clicks, that the gate looks at
+    gate_rows: int = 4_000  # recent first emissions, and as many matured clicks, that the gate may look at
     keep_versions: int = 10
     drain_timeout_s: float = 10.0
     code_version: str = ""
@@ -287,7 +287,7 @@ class Trainer:
             self._ports.metrics.inc(names.EXAMPLES, rows_of[kind], kind=kind.name.lower())
         self._board.add(examples, stats.ctr_B, stats.ctcvr_B)
         self._board.advance(self._pending.settled_ms)
-        self._publisher.add(examples)
+        self._publisher.add(examples, stats.ctr_B, stats.ctcvr_B)
 
     # Publishing and restarting
 
@@ -316,6 +316,7 @@ class Trainer:
         learner = self._ports.learner
         if self._ports.checkpoints.restore(lambda saved: learner.restore(saved.path / "learner")) is None:
             raise FatalError("the learner's weights are not finite and there is no checkpoint to go back to")
+        self._publisher.forget()
 
     def _checkpoint(self) -> None:
         """Everything that a restart needs, at once; only then the offsets it has seen."""

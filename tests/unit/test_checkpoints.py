@@ -84,7 +84,7 @@ def older(path: Path) -> None:
         ("state.json", cut, "missing or has not"),
         ("checkpoint.json", cut, "not readable"),
         ("checkpoint.json", Path.unlink, "not readable"),
-        ("checkpoint.json", older, "'stream-scorer-trainer/0', this build reads 'stream-scorer-trainer/1'"),
+        ("checkpoint.json", older, "'stream-scorer-trainer/0', this build reads 'stream-scorer-trainer/2'"),
     ],
 )
 def test_a_bad_one_is_refused_and_the_one_before_is_used(tmp_path: Path, name, harm, says) -> None:

@@ -115,7 +115,7 @@ class Spoiled(TinyLearner):
 
 @pytest.mark.parametrize(("spoil", "reason"), [("worse", "logloss_ctr"), ("nan", "nonfinite")])
 def test_a_bad_candidate_is_held_and_the_live_version_stays(tmp_path: Path, spoil: str, reason: str) -> None:
-    world = TrainerWorld(tmp_path, policy=GATED, make_learner=Spoiled)
+    world = TrainerWorld(tmp_path, policy=replace(GATED, gate_rows=400), make_learner=Spoiled)
     Market(requests=300).fill(world.source)
     world.until_idle()
     drained(world)
@@ -130,7 +130,7 @@ def test_a_bad_candidate_is_held_and_the_live_version_stays(tmp_path: Path, spoi
     if spoil == "nan":  # the learner is back at its checkpoint
         np.testing.assert_array_equal(world.learner.weights, good)
     world.learner.spoil = ""
-    Market(requests=100, start_ms=START_MS + 30_000, name="more").fill(world.source)
+    Market(requests=400, start_ms=START_MS + 30_000, name="more").fill(world.source)
     world.until_idle()
     world.clock.advance(10.1)
     world.trainer.step()

@@ -1,0 +1,188 @@
+"""The rows that the gate judges by, each with what the candidate said of it before it learned anything from it.
+
+A version knows nothing of rows that were learned after it was published; the candidate's own predictions are
+progressive: made just before it learned the row. So both are judged on rows that neither had learned from. A matured
+click was learned from before, when it was first emitted and when its conversion came late: of those occasions the first
+one after the other version was published counts, so that both know equally little of how that click ended.
+
+"When" is a number of rows learned, never a time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esmm.batch import Examples, Float32, Int64, Kind, concat_examples
+from stream_scorer.core.gate import cvr_of
+from stream_scorer.core.pending import Arrays, from_arrays, to_arrays
+
+UInt64 = NDArray[np.uint64]
+ABSENT: Final = -1
+OCCASIONS: Final = 3  # a click is learned from when first emitted, when it converts late, and when it matures
+OPEN_CLICKS: Final = 16  # times the limit of rows: clicks that are remembered until they mature
+_FACTOR: Final = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Judgeable(NamedTuple):
+    """B rows, and what the candidate said of each before it learned from it."""
+
+    examples: Examples
+    candidate_B: Float32
+
+
+class _Part(NamedTuple):
+    """B rows. ``at_BE``: rows learned before each of E predictions, ascending, `ABSENT` for none; the last is there."""
+
+    examples: Examples
+    at_BE: Int64
+    said_BE: Float32
+
+
+class _Rows:
+    """The last ``limit`` rows or a little more."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._parts: deque[_Part] = deque()
+        self._rows = 0
+
+    def add(self, part: _Part) -> None:
+        if not part.examples.rows:
+            return
+        self._parts.append(part)
+        self._rows += part.examples.rows
+        while self._rows - self._parts[0].examples.rows >= self._limit:
+            self._rows -= self._parts.popleft().examples.rows
+
+    def all(self) -> _Part | None:
+        if not self._parts:
+            return None
+        examples, at, said = zip(*self._parts, strict=True)
+        return _Part(concat_examples(list(examples)), np.concatenate(at), np.concatenate(said))
+
+    def since(self, learned: int) -> Judgeable | None:
+        part = self.all()
+        if part is None:
+            return None
+        rows_K = np.flatnonzero(part.at_BE[:, -1] >= learned)
+        if not len(rows_K):
+            return None
+        first_K = (part.at_BE[rows_K] >= learned).argmax(axis=1)
+        return Judgeable(part.examples.take(rows_K), part.said_BE[rows_K, first_K])
+
+    def forget(self) -> None:
+        self._parts.clear()
+        self._rows = 0
+
+    def arrays(self, prefix: str) -> Arrays:
+        part = self.all()
+        if part is None:
+            return {}
+        return to_arrays(prefix, part.examples) | {f"{prefix}_at_BE": part.at_BE, f"{prefix}_said_BE": part.said_BE}
+
+    def restore(self, prefix: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self.forget()
+        examples = from_arrays(prefix, arrays)
+        if examples is not None:
+            self.add(_Part(examples, arrays[f"{prefix}_at_BE"], arrays[f"{prefix}_said_BE"]))
+
+
+class GateRows:
+    """Recent first emissions with pCTR, and recent matured clicks with pCVR."""
+
+    def __init__(self, limit: int) -> None:
+        """``limit``: first emissions kept, and as many matured clicks."""
+        self.learned = 0  # rows, ever
+        self._first, self._matured = _Rows(limit), _Rows(limit)
+        self._open_limit = OPEN_CLICKS * limit
+        self._open: dict[int, list[tuple[int, float]]] = {}  # click -> when it was learned from, and what was said
+
+    def add(self, examples: Examples, ctr_B: Float32, ctcvr_B: Float32) -> None:
+        """Rows just learned, with the learner's predictions from before it did."""
+        at, kind_B = self.learned, examples.kind_B
+        self.learned += examples.rows
+        first_K = np.flatnonzero(kind_B == Kind.FIRST)
+        at_KE = np.full((len(first_K), 1), at, np.int64)
+        self._first.add(_Part(examples.take(first_K), at_KE, ctr_B[first_K, None].astype(np.float32)))
+        clicked_K = np.flatnonzero((examples.click_B == 1) & (kind_B != Kind.MATURED))
+        matured_K = np.flatnonzero(kind_B == Kind.MATURED)
+        cvr_B = cvr_of(ctr_B, ctcvr_B)
+        if len(clicked_K):
+            self._remember(examples.take(clicked_K), at, cvr_B[clicked_K])
+        if len(matured_K):
+            self._mature(examples.take(matured_K), at, cvr_B[matured_K])
+
+    def _remember(self, clicks: Examples, at: int, cvr_B: Float32) -> None:
+        for click, cvr in zip(identity(clicks).tolist(), cvr_B.tolist(), strict=True):
+            occasions = self._open.setdefault(click, [])
+            if len(occasions) < OCCASIONS - 1:
+                occasions.append((at, cvr))
+        while len(self._open) > self._open_limit:
+            del self._open[next(iter(self._open))]
+
+    def _mature(self, matured: Examples, at: int, cvr_B: Float32) -> None:
+        at_BE = np.full((matured.rows, OCCASIONS), ABSENT, np.int64)
+        said_BE = np.zeros((matured.rows, OCCASIONS), np.float32)
+        at_BE[:, -1], said_BE[:, -1] = at, cvr_B
+        for row, click in enumerate(identity(matured).tolist()):
+            for occasion, (then, cvr) in enumerate(self._open.pop(click, ())):
+                at_BE[row, occasion], said_BE[row, occasion] = then, cvr
+        self._matured.add(_Part(matured, at_BE, said_BE))
+
+    def forget(self) -> None:
+        """The learner is another one now: what it said before says nothing of it."""
+        self._first.forget()
+        self._matured.forget()
+        self._open = {}
+
+    def first_since(self, learned: int) -> Judgeable | None:
+        """First emissions learned after a version with ``learned`` rows was published, with pCTR."""
+        return self._first.since(learned)
+
+    def matured_since(self, learned: int) -> Judgeable | None:
+        """Clicks that matured after a version with ``learned`` rows was published, with pCVR."""
+        return self._matured.since(learned)
+
+    def arrays(self) -> Arrays:
+        """For a checkpoint."""
+        padded = [(*row, *[(ABSENT, 0.0)] * (OCCASIONS - 1 - len(row))) for row in self._open.values()]
+        at = [[then for then, _ in row] for row in padded]
+        said = [[cvr for _, cvr in row] for row in padded]
+        shape = (len(padded), OCCASIONS - 1)
+        return {
+            "gate_learned": np.array([self.learned], np.int64),
+            "gate_open": np.array(list(self._open), np.uint64),
+            "gate_open_at": np.array(at, np.int64).reshape(shape),
+            "gate_open_said": np.array(said, np.float64).reshape(shape),
+            **self._first.arrays("gate_first"),
+            **self._matured.arrays("gate_matured"),
+        }
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take over `arrays`; KeyError when one is missing."""
+        self.learned = int(arrays["gate_learned"][0])
+        names = ("gate_open", "gate_open_at", "gate_open_said")
+        opened, at, said = (arrays[name].tolist() for name in names)
+        self._open = {
+            click: [(then, cvr) for then, cvr in zip(*row, strict=True) if then != ABSENT]
+            for click, *row in zip(opened, at, said, strict=True)
+        }
+        self._first.restore("gate_first", arrays)
+        self._matured.restore("gate_matured", arrays)
+
+
+def identity(examples: Examples) -> UInt64:
+    """A hash (B,) of each row's impression time and features, which all rows of one impression share."""
+    blocks = (examples.user, examples.item, examples.context)
+    columns = [examples.impression_ms_B[:, None], *(block.ids_NS for block in blocks)]
+    columns += [np.ascontiguousarray(block.dense_ND).view(np.int32).astype(np.int64) for block in blocks]
+    word_BK = np.concatenate(columns, axis=1).view(np.uint64)
+    with np.errstate(over="ignore"):
+        factor_K = np.multiply.accumulate(np.full(word_BK.shape[1], _FACTOR))
+    out: UInt64 = word_BK @ factor_K
+    return out
