@@ -130,6 +130,9 @@ class TrainerSettings(_Section):
     )
     publish_every_s: float = Field(60.0, gt=0)
     publish_every_examples: int = Field(0, ge=0, description="0: only by time")
+    join_state: Literal["memory", "rocksdb"] = Field(
+        "memory", description="where requests wait for their labels: rocksdb holds more than memory can"
+    )
     checkpoint_dir: str = "checkpoints"
     checkpoint_every_s: float = Field(60.0, gt=0)
     gate_logloss_margin: float = Field(0.02, ge=0)

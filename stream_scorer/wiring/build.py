@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from esmm.optim import RowRule
 from esmm.predictor.build import build_predictor
 from esmm.predictor.config import PredictorConfig
 from stream_scorer import __version__
+from stream_scorer.adapters.join_rocks import RocksJoinState
+from stream_scorer.adapters.join_state import MemoryJoinState
 from stream_scorer.core.codec import RequestLimits
 from stream_scorer.core.errors import ConfigurationError, ModelRefused
 from stream_scorer.core.gate import GatePolicy
@@ -27,10 +30,12 @@ from stream_scorer.core.rejects import StormPolicy
 from stream_scorer.core.scoreboard import ScoreboardPolicy
 from stream_scorer.core.served import ServedLayout
 from stream_scorer.core.watermark import WatermarkPolicy
-from stream_scorer.ports import Pending, Predictor, VersionInfo
+from stream_scorer.ports import JoinState, Pending, Predictor, VersionInfo
 from stream_scorer.scorer import ScorerPolicy
 from stream_scorer.settings import Settings
 from stream_scorer.trainer import TrainerPolicy
+
+JOIN_SCRATCH = "join-scratch"
 
 _log = structlog.get_logger("stream_scorer")
 
@@ -179,6 +184,13 @@ def judge_of(schema: FeatureSchema) -> Callable[[VersionInfo], Evaluator]:
         return Evaluator(loaded.model, loaded.manifest.get("ctcvr_correction") == "odds")
 
     return open_version
+
+
+def join_state(settings: Settings) -> JoinState:
+    """Empty; RocksDB works in a scratch directory beside the checkpoints, where it can link its tables into them."""
+    if settings.trainer.join_state == "memory":
+        return MemoryJoinState()
+    return RocksJoinState(Path(settings.trainer.checkpoint_dir) / JOIN_SCRATCH)
 
 
 def _ms(seconds: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -18,7 +19,6 @@ from stream_scorer import __version__
 from stream_scorer.adapters.checkpoints import DirectoryCheckpoints
 from stream_scorer.adapters.clock import SystemClock
 from stream_scorer.adapters.http import Endpoints, HttpConfig, HttpServer
-from stream_scorer.adapters.join_state import MemoryJoinState
 from stream_scorer.adapters.kafka import KafkaSource
 from stream_scorer.adapters.kafka_sink import KafkaSink
 from stream_scorer.adapters.model_store import DirectoryStore
@@ -74,6 +74,8 @@ def run_score(settings: Settings, config: Path | None, workers: int, stop: threa
         _serve_http(settings, stack, metrics, lambda: scorer.hold)
         stack.enter_context(StatusLines(status, "scorer", lambda: _scorer_status(scorer)))
         sys.setswitchinterval(SWITCH_S)
+        gc.collect()
+        gc.freeze()  # what is here now stays: a full collection would walk all of torch, in the middle of a batch
         scorer.run(stop)
     stats = scorer.stats()
     typer.echo(
@@ -105,14 +107,15 @@ def run_train(settings: Settings, stop: threading.Event, status: bool) -> int:
     sink = KafkaSink(kafka)
     learner, store = build.learner(settings, schema), DirectoryStore(Path(settings.model.store))
     start_from_live(learner, store, schema)
+    checkpoints = DirectoryCheckpoints(Path(settings.trainer.checkpoint_dir))
     ports = TrainerPorts(
         source=source,
         sink=sink,
         learner=learner,
         store=store,
         open_version=build.judge_of(schema),
-        join_state=MemoryJoinState(),
-        checkpoints=DirectoryCheckpoints(Path(settings.trainer.checkpoint_dir)),
+        join_state=build.join_state(settings),
+        checkpoints=checkpoints,
         stats_kind=TaskStats,
         metrics=metrics,
         clock=clock,

@@ -173,7 +173,8 @@ def test_prune_keeps_the_newest_and_the_current(store: ModelStore) -> None:
     for _ in range(6):
         store.publish(write)
     store.promote(2)
-    assert store.prune(2) == [1, 3, 4]
+    assert store.prune(2, (3,)) == [1, 4]
+    assert store.prune(2) == [3]
     assert store.versions() == [2, 5, 6]
     assert store.prune(2) == []
     assert store.publish(write) == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,14 @@ from esmm.checkpoint import load_version, save_version
 from esmm.features import DenseFeat, FeatureSchema, SparseFeat
 from esmm.model import ESMM
 from esmm.predictor.config import PredictorConfig
+from stream_scorer.adapters.join_rocks import RocksJoinState
+from stream_scorer.adapters.join_state import MemoryJoinState
+from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.errors import ConfigurationError, ModelRefused
 from stream_scorer.ports import VersionInfo
 from stream_scorer.settings import load
 from stream_scorer.wiring import build
+from tests import trainer_kit
 
 SCHEMA = FeatureSchema([SparseFeat("u", 9, 4, source="user"), DenseFeat("x", 2, source="item")])
 
@@ -58,3 +63,40 @@ def test_the_share_of_negatives_reaches_the_learner_and_is_refused_by_name_where
     assert build.learner(load(None, {}, keep), SCHEMA).config.negative_keep == 0.25
     with pytest.raises(ConfigurationError, match=r"trainer\.negative_keep.* fnc"):
         build.learner(load(None, {}, {**keep, "trainer.method": "fnc"}), SCHEMA)
+
+
+@pytest.mark.parametrize(("setting", "kind"), [("memory", MemoryJoinState), ("rocksdb", RocksJoinState)])
+def test_the_join_state_is_the_one_that_was_set_and_restarts_from_its_checkpoint(tmp_path, setting, kind):
+    settings = load(None, {}, {"trainer.join_state": setting, "trainer.checkpoint_dir": str(tmp_path)})
+    policy = build.trainer_policy(settings, trainer_kit.SCHEMA)
+    policy = replace(policy, max_wait_ms=10**9, drift=trainer_kit.POLICY.drift)
+    world = trainer_kit.TrainerWorld(tmp_path, policy=policy, make_state=lambda: build.join_state(settings))
+    assert isinstance(world.state, kind)
+    assert (tmp_path / build.JOIN_SCRATCH).exists() == (setting == "rocksdb")
+    trainer_kit.Market(requests=30).fill(world.source)
+    world.until_idle()
+    assert world.trainer.drain(Deadline.after(5.0, world.clock.monotonic_s))
+    opened = world.trainer.stats().open_impressions
+    assert opened == 120
+    world.restart()
+    world.trainer.start()
+    assert world.trainer.stats().open_requests == 0
+    world.trainer._refresh_stats(0)
+    assert (world.trainer.stats().open_requests, world.trainer.stats().open_impressions) == (30, opened)
+    world.state.close()
+
+
+def test_the_other_join_states_checkpoint_is_refused_by_the_settings_name(tmp_path):
+    settings = [
+        load(None, {}, {"trainer.join_state": name, "trainer.checkpoint_dir": str(tmp_path)})
+        for name in ("memory", "rocksdb")
+    ]
+    world = trainer_kit.TrainerWorld(tmp_path, make_state=lambda: build.join_state(settings[0]))
+    trainer_kit.Market(requests=5).fill(world.source)
+    world.until_idle()
+    assert world.trainer.drain(Deadline.after(5.0, world.clock.monotonic_s))
+    world.make_state = lambda: build.join_state(settings[1])
+    world.restart()
+    with pytest.raises(ConfigurationError, match=r"was trainer\.join_state changed"):
+        world.trainer.start()
+    world.state.close()

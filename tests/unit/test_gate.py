@@ -7,7 +7,18 @@ import math
 import numpy as np
 import pytest
 
-from stream_scorer.core.gate import GatePolicy, Judged, Verdicts, cvr_of, decide, gap, judge_rows, verdicts
+from stream_scorer.core.gate import (
+    Contest,
+    GatePolicy,
+    Judged,
+    Verdicts,
+    beats,
+    cvr_of,
+    decide,
+    gap,
+    judge_rows,
+    verdicts,
+)
 
 POLICY = GatePolicy(logloss_margin=0.02, pcoc_min=0.5, pcoc_max=2.0, min_examples=100, min_positives=10, max_distance=3)
 GOOD = Judged(1_000, 100, 0.30, 1.0)
@@ -50,6 +61,44 @@ def test_getting_better_is_never_held_for_calibration() -> None:
 def test_a_step_too_large_is_held_also_when_it_is_not_a_number() -> None:
     assert decide(POLICY, LIVE, candidate(), 3.1).reason == "distance"
     assert decide(POLICY, LIVE, candidate(), math.nan).reason == "distance"
+
+
+def test_a_step_however_large_that_was_worth_it_is_not_held() -> None:
+    better = candidate(ctr=GOOD._replace(logloss=0.2))
+    assert decide(POLICY, LIVE, better, 9.0).promote
+    assert decide(POLICY, LIVE, better, 9.0, now=candidate()).reason == "distance"  # it was, and is no more
+    assert decide(POLICY, LIVE, better._replace(cvr=GOOD._replace(logloss=0.305)), 9.0).reason == "distance"
+
+
+@pytest.mark.parametrize(
+    "broken", [Verdicts(None, None, finite=False), Verdicts(GOOD._replace(logloss=math.nan), None, finite=True)]
+)
+def test_a_live_version_that_is_not_finite_counts_as_none(broken: Verdicts) -> None:
+    assert decide(POLICY, broken, candidate(ctr=GOOD._replace(logloss=9.0)), math.nan).promote
+    assert decide(POLICY, broken, candidate(ctr=GOOD._replace(pcoc=5.0)), math.nan).reason == "pcoc_ctr"
+
+
+def test_what_it_says_now_counts_as_well() -> None:
+    assert decide(POLICY, LIVE, candidate(), now=candidate(ctr=GOOD._replace(logloss=0.4))).reason == "logloss_ctr"
+    assert decide(POLICY, LIVE, candidate(), now=candidate(finite=False)).reason == "nonfinite"
+    assert decide(POLICY, LIVE, candidate(ctr=GOOD._replace(logloss=0.4)), now=candidate()).reason == "logloss_ctr"
+
+
+def test_worse_than_the_best_version_lately_is_held_however_near_the_live_one() -> None:
+    near = candidate(ctr=GOOD._replace(logloss=0.305))
+    best = Verdicts(GOOD._replace(logloss=0.295), GOOD, finite=True)
+    assert decide(POLICY, LIVE, near).promote
+    assert decide(POLICY, LIVE, near, best=Contest(near, best)).reason == "ratchet_ctr"
+    assert decide(POLICY, LIVE, near, best=Contest(near, Verdicts(None, None, finite=False))).promote
+
+
+def test_only_a_lower_logloss_beats() -> None:
+    lower = GOOD._replace(logloss=0.29)
+    assert beats(POLICY, Contest(candidate(ctr=lower), LIVE))
+    assert not beats(POLICY, Contest(candidate(), LIVE))
+    assert not beats(POLICY, Contest(candidate(ctr=lower, cvr=GOOD._replace(logloss=0.301)), LIVE))
+    assert beats(POLICY, Contest(candidate(ctr=lower, cvr=GOOD._replace(logloss=0.301, rows=99)), LIVE))
+    assert not beats(POLICY, Contest(candidate(ctr=lower._replace(rows=99)), LIVE))
 
 
 def test_without_a_live_version_the_bounds_alone_decide() -> None:

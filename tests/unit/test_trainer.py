@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from esmm.batch import Kind, StepStats
 from stream_scorer.core import metric_names as names
 from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.drift import DriftPolicy
 from stream_scorer.core.errors import ConfigurationError, FatalError, ModelRefused
 from stream_scorer.core.gate import GatePolicy
+from stream_scorer.core.gate_rows import identity
 from tests.fakes import LOST, REVOKE, FakeSink, Item
 from tests.trainer_kit import POLICY, START_MS, Market, TinyLearner, TrainerWorld, TwoTopicSource
 
@@ -174,6 +177,121 @@ def test_a_live_version_that_cannot_be_read_does_not_stop_publishing(tmp_path: P
     world.clock.advance(10.1)
     world.trainer.step()
     assert world.store.current() == 2
+
+
+class Memorising(TinyLearner):
+    """Knows by heart what it has learned, and says 0.9 of everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, float] = {}
+
+    def predict(self, examples):
+        ctr, ctcvr = super().predict(examples)
+        keys = identity(examples).tolist()
+        if self.known:
+            ctr = np.array([self.known.get(key, 0.9) for key in keys], np.float32)
+        return ctr, np.minimum(ctcvr, ctr)
+
+    def step(self, examples):
+        stats = super().step(examples)
+        first = np.flatnonzero(examples.kind_B == Kind.FIRST)
+        labels = np.clip(examples.click_B[first], 0.01, 0.99).tolist()
+        self.known |= dict(zip(identity(examples.take(first)).tolist(), labels, strict=True))
+        return stats
+
+
+def test_a_candidate_is_not_judged_on_rows_it_has_learned(tmp_path: Path) -> None:
+    world = TrainerWorld(tmp_path, policy=GATED, make_learner=Memorising)
+    Market(requests=300).fill(world.source)
+    world.until_idle()
+    world.clock.advance(10.1)
+    world.trainer.step()
+    assert world.store.versions() == [1]
+    stats = world.trainer._publisher.tally
+    assert stats.holds == {"logloss_ctr": 1}
+    assert stats.numbers["now_ctr_logloss"] < 0.1
+    assert stats.numbers["candidate_ctr_logloss"] > 0.7
+
+
+def test_a_version_is_not_judged_on_rows_it_has_learned(tmp_path: Path) -> None:
+    world = TrainerWorld(tmp_path, policy=GATED)
+    Market(requests=300).fill(world.source)
+    world.until_idle()
+    world.clock.advance(10.1)
+    world.trainer.step()
+    assert world.store.current() == 2
+    Market(requests=20, start_ms=START_MS + 60_000, name="few").fill(world.source)
+    world.until_idle()
+    world.clock.advance(10.1)
+    world.trainer.step()
+    numbers = world.trainer._publisher.tally.numbers
+    assert 80 <= numbers["candidate_ctr_rows"] == numbers["live_ctr_rows"] < 200  # not the 1,200 before
+    assert numbers["best_ctr_rows"] == numbers["live_ctr_rows"]
+
+
+class Decaying(TinyLearner):
+    """Starts well and forgets: each version a little worse than the one before."""
+
+    noise = 0.0
+
+    def predict(self, examples):
+        ctr, _ = super().predict(examples)
+        ctr = np.clip(ctr + self.noise * (0.5 - ctr), 0.01, 0.99).astype(np.float32)
+        return ctr, 0.35 * ctr
+
+    def step(self, examples):
+        ctr_B, ctcvr_B = self.predict(examples)
+        return StepStats(examples.rows, examples.rows, 0.0, ctr_B, ctcvr_B, finite=True)
+
+    def save(self, directory):
+        save_file({"weights": self.weights, "noise": np.array([self.noise])}, directory / "weights.safetensors")
+
+
+def open_decaying(info):
+    learner = Decaying()
+    learner.restore(info.path)
+    learner.noise = float(load_file(info.path / "weights.safetensors")["noise"][0])
+    return learner
+
+
+def test_versions_do_not_get_worse_without_end_a_little_at_a_time(tmp_path: Path) -> None:
+    policy = replace(GATED, gate=GatePolicy(min_examples=50, logloss_margin=0.05), keep_versions=2)
+    world = TrainerWorld(tmp_path, policy=policy, make_learner=Decaying, open_version=open_decaying)
+    world.learner.weights[0] = [-2.2, 3.0, 1.0]  # the market's truth
+    tally = world.trainer._publisher.tally
+    for number in range(12):
+        Market(requests=100, seed=number, start_ms=START_MS + number * 60_000, name=f"m{number}-").fill(world.source)
+        world.until_idle()
+        world.learner.noise = 0.09 * number
+        world.clock.advance(10.1)
+        world.trainer.step()
+        if tally.holds:
+            break
+    assert tally.holds == {"ratchet_ctr": 1}  # next to the live version nobody would object
+    assert world.store.current() == tally.versions_published >= 3
+    numbers = tally.numbers
+    assert numbers["now_ctr_logloss"] <= 1.05 * numbers["live_ctr_logloss"]
+    assert world.trainer._publisher._best in world.store.versions()
+    assert len(world.store.versions()) == 3  # the best one is not pruned
+
+
+def test_the_best_version_and_the_rows_to_judge_by_survive_a_restart(tmp_path: Path) -> None:
+    world = TrainerWorld(tmp_path, policy=GATED)
+    Market(requests=300).fill(world.source)
+    world.until_idle()
+    world.clock.advance(10.1)
+    world.trainer.step()
+    assert world.trainer._publisher._best == 2
+    drained(world)
+    before = world.trainer._publisher.arrays()
+    world.restart()
+    world.trainer.start()
+    after = world.trainer._publisher.arrays()
+    assert world.trainer._publisher._best == 2
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
 
 
 LONG = Market(requests=300, gap_ms=60)  # long enough that clicks mature while there is more to read

@@ -1,0 +1,112 @@
+"""The rows that the gate judges by: what the candidate said of each before it learned from it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from esmm.batch import Examples, FeatureBlock, Kind
+from stream_scorer.core.gate_rows import GateRows, identity
+
+FIRST, LATE, MATURED = Kind.FIRST, Kind.LATE_CONVERSION, Kind.MATURED
+
+
+def rows(*of: tuple[int, Kind, int]) -> Examples:
+    """(who, kind, click) each."""
+    who = np.array([one[0] for one in of], np.int64)
+    number = len(of)
+    click = np.array([one[2] for one in of], np.float32)
+    nothing = np.zeros(number, np.float32)
+    return Examples(
+        FeatureBlock(who[:, None], np.zeros((number, 0), np.float32)),
+        FeatureBlock(who[:, None] % 3, (who[:, None] / 7).astype(np.float32)),
+        FeatureBlock(np.zeros((number, 1), np.int64), np.zeros((number, 0), np.float32)),
+        np.array([one[1] for one in of], np.uint8),
+        click, nothing, nothing, nothing, nothing, np.zeros(number, np.int64), 1_000 + who,
+    )  # fmt: skip
+
+
+def add(kept: GateRows, examples: Examples, ctr: float, cvr: float = 0.5) -> None:
+    ctr_B = np.full(examples.rows, ctr, np.float32)
+    kept.add(examples, ctr_B, ctr_B * np.float32(cvr))
+
+
+def matured(kept: GateRows, learned: int) -> list[float]:
+    found = kept.matured_since(learned)
+    return [] if found is None else [pytest.approx(p, abs=1e-6) for p in found.candidate_B.tolist()]
+
+
+def test_first_emissions_count_for_a_version_that_had_not_learned_them() -> None:
+    kept = GateRows(100)
+    add(kept, rows((1, FIRST, 0), (2, FIRST, 1)), 0.1)
+    published = kept.learned
+    assert kept.first_since(published) is None
+    add(kept, rows((3, FIRST, 0), (2, LATE, 1)), 0.2)
+    fresh = kept.first_since(published)
+    assert fresh is not None
+    assert fresh.examples.user.ids_NS[:, 0].tolist() == [3]
+    assert fresh.candidate_B.tolist() == [pytest.approx(0.2)]
+    everything = kept.first_since(0)
+    assert everything is not None
+    assert everything.candidate_B.tolist() == [pytest.approx(p) for p in (0.1, 0.1, 0.2)]
+
+
+def test_a_matured_click_is_judged_by_the_first_occasion_after_the_other_version() -> None:
+    kept = GateRows(100)
+    marks = [kept.learned]
+    for kind, cvr in ((FIRST, 0.1), (LATE, 0.2), (MATURED, 0.9)):
+        add(kept, rows((1, kind, 1), (2, FIRST, 0)), 0.5, cvr)
+        marks.append(kept.learned)
+    assert [matured(kept, mark) for mark in marks] == [[0.1], [0.2], [0.9], []]
+
+
+def test_a_click_that_was_not_seen_before_is_judged_when_it_matures() -> None:
+    kept = GateRows(100)
+    add(kept, rows((1, MATURED, 1)), 0.5, 0.3)
+    assert matured(kept, 0) == [0.3]
+
+
+def test_the_oldest_rows_and_clicks_go() -> None:
+    kept = GateRows(10)
+    for who in range(0, 1_000, 5):
+        add(kept, rows(*((who + n, FIRST, 1) for n in range(5))), 0.5)
+    first = kept.first_since(0)
+    assert first is not None
+    assert 10 <= first.examples.rows < 20
+    assert len(kept._open) == 160
+
+
+def test_forgetting_keeps_the_count() -> None:
+    kept = GateRows(10)
+    add(kept, rows((1, FIRST, 1)), 0.5)
+    kept.forget()
+    assert (kept.learned, kept.first_since(0)) == (1, None)
+
+
+def test_it_survives_a_checkpoint() -> None:
+    whole, parts = GateRows(50), GateRows(50)
+    rng = np.random.default_rng(3)
+    for at in range(40):
+        kinds = [FIRST, LATE, MATURED]
+        some = rows(*((int(rng.integers(1, 30)), kinds[int(rng.integers(3))], int(rng.integers(2))) for _ in range(8)))
+        ctr = float(rng.random())
+        for kept in (whole, parts):
+            add(kept, some, ctr, 0.25)
+        if at % 7 == 0:
+            again = GateRows(50)
+            again.restore(parts.arrays())
+            parts = again
+    assert parts.learned == whole.learned == 320
+    assert parts._open == whole._open
+    for mark in (0, 200, 300):
+        a, b = whole.matured_since(mark), parts.matured_since(mark)
+        assert a is not None
+        assert b is not None
+        np.testing.assert_array_equal(a.candidate_B[-10:], b.candidate_B[-10:])
+
+
+def test_rows_of_one_impression_have_one_identity_and_others_have_another() -> None:
+    some = rows((1, FIRST, 1), (2, FIRST, 1), (1, MATURED, 1))
+    a, b, c = identity(some).tolist()
+    assert a == c != b
+    assert len(set(identity(rows(*((n, FIRST, 1) for n in range(5_000)))).tolist())) == 5_000
