@@ -7,6 +7,7 @@ import numpy as np
 import orjson
 
 from esmm.batch import FeatureBlock, Scores, Slot, SourceLayout
+from stream_scorer.core.assemble import BatchPlan, first_seen
 from stream_scorer.core.codec import RequestLimits
 from stream_scorer.core.messages import ScoreRequest
 from stream_scorer.core.output import OutputPolicy
@@ -70,12 +71,16 @@ def rows(layout: SourceLayout, count: int, seed: int = 0, missing: Sequence[int]
     return FeatureRows(block, event_ms, gone, np.full(count, -1), np.zeros(count, np.int64))
 
 
-def fetched(users: int, items: int, degraded: bool = False, **missing: Sequence[int]) -> Fetched:
+def fetched(asked: BatchPlan, degraded: bool = False, **missing: Sequence[int]) -> Fetched:
     """A fetch; ``missing_users`` and ``missing_items`` list rows with the default vector."""
+    users, user_of_R = first_seen(asked.users)
+    items, item_of_B = first_seen(asked.items)
     return Fetched(
-        rows(USER, users, 1, missing.get("missing_users", ())),
-        rows(ITEM, items, 2, missing.get("missing_items", ())),
+        rows(USER, len(users), 1, missing.get("missing_users", ())),
+        rows(ITEM, len(items), 2, missing.get("missing_items", ())),
         degraded,
+        user_of_R,
+        item_of_B,
     )
 
 

@@ -9,6 +9,7 @@ from zlib import crc32
 import numpy as np
 
 from esmm.batch import FeatureBlock, RankBatch, Scores, SourceLayout, zero_block
+from stream_scorer.core.assemble import first_seen
 from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.metric_names import Metric
 from stream_scorer.core.records import (
@@ -299,10 +300,10 @@ class FakeFeatures:
         self.stored[layout.source, entity] = (block, event_ms)
 
     def fetch(self, users: Sequence[str], items: Sequence[str], now_ms: int, deadline: Deadline) -> Fetched:
-        assert len(set(users)) == len(users)
-        assert len(set(items)) == len(items)
-        self.fetches.append((list(users), list(items)))
-        return Fetched(self._rows(self.user, users), self._rows(self.item, items), self.down)
+        users, user_of_R = first_seen(users)
+        items, item_of_B = first_seen(items)
+        self.fetches.append((users, items))
+        return Fetched(self._rows(self.user, users), self._rows(self.item, items), self.down, user_of_R, item_of_B)
 
     def _rows(self, layout: SourceLayout, ids: Sequence[str]) -> FeatureRows:
         block = zero_block(layout, len(ids))

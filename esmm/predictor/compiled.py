@@ -69,6 +69,7 @@ class CompiledRows:
         bags = padded_BS.reshape(chunks, 1, chunk, size) * 2
         bags_KM = torch.from_numpy(np.concatenate([bags, bags + 1], 1).reshape(chunks, -1))
         context_BD = torch.cat([context_BD, context_BD.new_zeros(chunks * chunk - rows, context_BD.shape[1])])
+        _allow_shapes()
         out_K2C: Tensor = compiled_graph()(
             self._bags_RH,
             bags_KM,
@@ -105,11 +106,15 @@ def has_compiler() -> bool:
 @cache
 def compiled_graph() -> Callable[..., Tensor]:
     """The graph below, compiled on first use a shape; as C++, which lets go of the interpreter lock."""
+    graph: Callable[..., Tensor] = torch.compile(_graph, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+    return graph
+
+
+def _allow_shapes() -> None:
+    """One graph a shape is wanted here, not a mistake. The limit belongs to a thread, and each predictor has its own."""
     import torch._dynamo  # here: seconds of import that only this path pays
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)  # noqa: SLF001
-    graph: Callable[..., Tensor] = torch.compile(_graph, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
-    return graph
 
 
 def _graph(

@@ -16,13 +16,15 @@ class PredictorConfig:
     """How to run; frozen, and the same for every version a process serves.
 
     ``precision``: of the item cache and of the layers between the first and the last. ``threads``: of torch, inside one
-    batch. ``compile``: `torch.compile` the rows' part. ``cache_items`` and ``cache_megabytes`` bound the cache of item
+    batch. ``script``: the rows' part as one call that holds no interpreter lock; False runs it operation by operation.
+    ``compile``: `torch.compile` it instead. ``cache_items`` and ``cache_megabytes`` bound the cache of item
     parts, whichever is less. ``max_rows``: a larger batch is computed in several goes. ``buckets``: row counts that
     batches are padded to where shapes must be static (compiled); at most 8, ascending.
     """
 
     precision: Precision = "float32"
     threads: int = 1
+    script: bool = True
     compile: bool = False
     device: str = "cpu"
     cache_items: int = 100_000

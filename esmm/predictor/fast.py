@@ -20,6 +20,7 @@ from esmm.predictor.config import Pending, PredictorConfig, Served
 from esmm.predictor.fold import fold
 from esmm.predictor.plain import scores_of
 from esmm.predictor.rows import EagerRows
+from esmm.predictor.scripted import ScriptedRows, script_rows
 from esmm.predictor.table import PartTable
 
 QUEUE = 2  # batches launched and not yet computed; a third launch waits
@@ -57,7 +58,10 @@ class FastPredictor:
             config.device,
         )
         self._eager = EagerRows(self._folded, self._table.parts, dtype)
-        self._rows: EagerRows | CompiledRows = self._eager
+        self._rows: EagerRows | ScriptedRows | CompiledRows = self._eager
+        graph = script_rows() if config.script else None
+        if graph is not None:
+            self._rows = ScriptedRows(graph, self._folded, self._table.parts, dtype)
         if config.compile and has_compiler():
             self._rows = CompiledRows(self._folded, self._table.parts, dtype, config.buckets)
         elif config.compile:

@@ -80,7 +80,7 @@ class TwoLinears:
         self._activation = layer.activation
         self._bias = [bias.to(dtype) for bias in layer.bias_2L]
         self._weight_KL = [weight.to(dtype).T.contiguous() for weight in layer.weight_2LK]
-        self._packed = _pack(layer, dtype, rows)
+        self._packed = pack(layer, dtype, rows)
 
     def __call__(self, h: Any) -> list[Tensor]:
         """h[0], h[1] (C, K), contiguous -> two (C, L), activated."""
@@ -101,7 +101,7 @@ class TwoLinears:
 _FUSED = {"relu": "relu", "sigmoid": "sigmoid", "linear": "none", "prelu": "leaky_relu"}
 
 
-def _pack(layer: Layer, dtype: torch.dtype, rows: int) -> list[Tensor] | None:
+def pack(layer: Layer, dtype: torch.dtype, rows: int) -> list[Tensor] | None:
     """Weights in oneDNN's blocked layout, or None where this torch or processor cannot use it: asked by trying."""
     try:
         ops = torch.ops.mkldnn

@@ -4,13 +4,15 @@ A slot keeps its *generation* for as long as its feature values stay the same, b
 model may keep what it computed from (slot, generation). Rows are copied out; a slot used by this batch or the one
 before it (which may still be in flight) is not given to another item.
 
-Shapes: C slots, I items of a batch, K of them written, S id slots, D dense floats.
+Shapes: C slots, B rows of a batch, I different items of it, K of them written, S id slots, D dense floats.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from itertools import repeat
+from itertools import count, repeat
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,14 @@ from stream_scorer.core.packed import DecodedRows
 NONE = -1
 ABSENT_TTL_S = 1.0  # an item that is not in the store may be written any moment
 _BATCHES_IN_FLIGHT = 2
+
+
+class Found(NamedTuple):
+    """B items of a batch: each of the I different ones once, in first-seen order."""
+
+    slot_I: Int64  # -1 where there is none
+    first_I: Int64  # the first row with this item
+    of_B: Int64  # row -> index into I
 
 
 class ItemCache:
@@ -40,6 +50,7 @@ class ItemCache:
         self._generation_C = np.zeros(capacity, np.int64)
         self._used_C = np.full(capacity, -_BATCHES_IN_FLIGHT, np.int64)  # the last batch that used the slot
         self._second_chance_C = np.zeros(capacity, np.bool_)
+        self._at_N = np.zeros(capacity, np.int64)  # scratch of `find`, by slot and then by number
         self._batch = 0
         self._hand = 0
         self._generations = 0
@@ -48,14 +59,30 @@ class ItemCache:
         """How many items are held."""
         return len(self._slot_of)
 
-    def find(self, items: Sequence[str]) -> Int64:
-        """Slots of a new batch's items, -1 where there is none. Starts a batch: its slots stay put."""
+    def find(self, items: Sequence[str]) -> Found:
+        """Look up a new batch's items, repeats allowed. Starts a batch: the slots found stay put."""
         self._batch += 1
-        slot_I = np.fromiter(map(self._slot_of.get, items, repeat(NONE)), np.int64, len(items))
+        number_B = np.fromiter(map(self._slot_of.get, items, repeat(NONE)), np.int64, len(items))
+        self._number_unknown(items, number_B)
+        rows_B, at_N = np.arange(len(items)), self._at_N
+        at_N[number_B[::-1]] = rows_B[::-1]  # of several values for one index the last stays: the first row
+        first_I = np.flatnonzero(at_N.take(number_B) == rows_B)
+        number_I = number_B.take(first_I)
+        at_N[number_I] = rows_B[: len(first_I)]
+        slot_I = np.where(number_I < self._capacity, number_I, NONE)
         held = slot_I[slot_I >= 0]
         self._used_C[held] = self._batch
         self._second_chance_C[held] = True
-        return slot_I
+        return Found(slot_I, first_I, at_N.take(number_B))
+
+    def _number_unknown(self, items: Sequence[str], number_B: Int64) -> None:
+        """Give items without a slot numbers from the capacity on, and room to look all numbers up."""
+        new = np.flatnonzero(number_B < 0)
+        if len(new):
+            numbers: defaultdict[str, int] = defaultdict(count(self._capacity).__next__)
+            number_B[new] = [numbers[items[at]] for at in new.tolist()]
+        if len(self._at_N) < self._capacity + len(new):
+            self._at_N = np.zeros(self._capacity + 2 * len(new), np.int64)
 
     def fresh(self, slot_I: Int64, now_s: float) -> Bool:
         """Which of these slots hold a row within its time to live."""
@@ -72,7 +99,7 @@ class ItemCache:
 
     def rows(self, slot_K: Int64) -> FeatureBlock:
         """Copies of the rows in these slots."""
-        return FeatureBlock(self._ids_CS[slot_K], self._dense_CD[slot_K])
+        return FeatureBlock(self._ids_CS.take(slot_K, axis=0), self._dense_CD.take(slot_K, axis=0))
 
     def event_ms(self, slot_K: Int64) -> Int64:
         """Event times of the rows in these slots, 0 where missing."""

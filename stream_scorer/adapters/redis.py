@@ -14,6 +14,7 @@ from esmm.batch import Bool, FeatureBlock, Int64, SourceLayout, zero_block
 from stream_scorer.adapters.feature_cache import NONE, ItemCache
 from stream_scorer.adapters.feature_writer import FeatureWriter, check_meta, read_meta
 from stream_scorer.adapters.redis_link import RedisConfig, RedisLink
+from stream_scorer.core.assemble import first_seen
 from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.metric_names import FEATURE_CACHE, FEATURES_MISSING
 from stream_scorer.core.packed import DecodedRows, Entity, decode_records
@@ -57,22 +58,26 @@ class RedisFeatures:
     def fetch(self, users: Sequence[str], items: Sequence[str], now_ms: int, deadline: Deadline) -> Fetched:
         """See `stream_scorer.ports.FeatureStore`."""
         now_s = now_ms / 1000.0
-        slot_I = self._cache.find(items)
+        users, user_of_R = first_seen(users)
+        slot_I, first_I, item_of_B = self._cache.find(items)
         fresh_I = self._cache.fresh(slot_I, now_s) | self._no_fetch["item"]
         wanted = np.flatnonzero(~fresh_I)
-        wanted_items = [items[at] for at in wanted.tolist()] if len(wanted) < len(items) else list(items)
+        wanted_items = [items[at] for at in first_I[wanted].tolist()]
         wanted_users: Sequence[str] = () if self._no_fetch["user"] else users
         values = self._get(wanted_users, wanted_items, deadline)
-        self._count_cache(len(items) - len(wanted), len(wanted))
+        self._count_cache(len(slot_I) - len(wanted), len(wanted))
         if values is None:
-            return Fetched(self._no_users(users), self._stale_items(slot_I, fresh_I, now_s), degraded=True)
+            found = self._stale_items(slot_I, fresh_I, now_s)
+            return Fetched(self._no_users(len(users)), found, True, user_of_R, item_of_B)
         user_rows = self._decode("user", values[: len(wanted_users)], len(users))
         item_rows = self._decode("item", values[len(wanted_users) :], len(wanted))
         slot_K = self._cache.put(wanted_items, slot_I[wanted], item_rows, now_s)
         return Fetched(
             _uncached(user_rows.block, user_rows.event_ms_N, user_rows.missing_N),
             self._merge(slot_I, wanted, slot_K, item_rows),
-            degraded=False,
+            False,
+            user_of_R,
+            item_of_B,
         )
 
     def _get(self, users: Sequence[str], items: Sequence[str], deadline: Deadline) -> list[bytes | None] | None:
@@ -122,8 +127,7 @@ class RedisFeatures:
             return zero_block(self._layouts["item"], rows), np.zeros(rows, np.int64), np.zeros(rows, np.bool_)
         return self._cache.rows(slot_I), self._cache.event_ms(slot_I), self._cache.missing(slot_I)
 
-    def _no_users(self, users: Sequence[str]) -> FeatureRows:
-        rows = len(users)
+    def _no_users(self, rows: int) -> FeatureRows:
         missing_N = np.full(rows, not self._no_fetch["user"])
         block = zero_block(self._layouts["user"], rows)
         self._fill("user", block, missing_N)

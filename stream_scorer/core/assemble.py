@@ -1,6 +1,6 @@
-"""Requests and features -> one RankBatch: unique users, unique items in first-seen order, rows as indices.
+"""Requests and features -> one RankBatch: unique users, unique items, rows as indices.
 
-Shapes: R requests, B candidate rows, U unique users, I unique items, W columns of one slot.
+Shapes: R requests, B candidate rows, W columns of one slot.
 """
 
 from __future__ import annotations
@@ -22,34 +22,26 @@ from stream_scorer.core.records import Fetched
 class BatchPlan(NamedTuple):
     """What to fetch for R requests, and which rows are whose: request r has rows ``starts[r]:starts[r + 1]``."""
 
-    users: list[str]  # U
-    items: list[str]  # I
-    user_of_R: Int64  # request -> index into users
-    item_of_B: Int64  # row -> index into items
+    users: list[str]  # R, the user of each request
+    items: list[str]  # B, the item of each row
     starts: Int64  # R + 1 row numbers, the last is B
 
     @property
     def rows(self) -> int:
         """B."""
-        return len(self.item_of_B)
-
-    @property
-    def user_of_B(self) -> Int64:
-        """Row -> index into users."""
-        return np.repeat(self.user_of_R, np.diff(self.starts))
+        return len(self.items)
 
 
 def plan(requests: Sequence[ScoreRequest]) -> BatchPlan:
-    """Unique users and items of the requests in first-seen order, before anything is fetched."""
-    users, user_of_R = _unique([request.user_id for request in requests])
-    items, item_of_B = _unique(list(chain.from_iterable([request.items for request in requests])))
+    """Users and items of the requests, request after request, before anything is fetched."""
+    lists = [request.items for request in requests]
     starts = np.zeros(len(requests) + 1, np.int64)
-    np.cumsum([len(request.items) for request in requests], out=starts[1:])
-    return BatchPlan(users, items, user_of_R, item_of_B, starts)
+    np.cumsum(list(map(len, lists)), out=starts[1:])
+    return BatchPlan([request.user_id for request in requests], list(chain.from_iterable(lists)), starts)
 
 
-def _unique(values: list[str]) -> tuple[list[str], Int64]:
-    """Values in first-seen order, and the index of each."""
+def first_seen(values: Sequence[str]) -> tuple[list[str], Int64]:
+    """Each value once, in first-seen order, and the index of each of them there."""
     index: defaultdict[str, int] = defaultdict(count().__next__)
     of = np.fromiter(map(index.__getitem__, values), np.int64, len(values))
     return list(index), of
@@ -63,8 +55,8 @@ def assemble(
         user=fetched.users.block,
         item=fetched.items.block,
         context=context_block(requests, batch_plan.starts, context),
-        user_of_B=batch_plan.user_of_B,
-        item_of_B=batch_plan.item_of_B,
+        user_of_B=np.repeat(fetched.user_of_R, np.diff(batch_plan.starts)),
+        item_of_B=fetched.item_of_B,
         item_slot_I=fetched.items.slot_N,
         item_generation_I=fetched.items.generation_N,
     )

@@ -155,8 +155,8 @@ def encode_scores(scored: ScoredBatch) -> list[bytes]:
 
 def missing_rows(plan: BatchPlan, fetched: Fetched) -> list[list[int]]:
     """Per request: -1 when the user's features were missing, then the positions of candidates whose were."""
-    user_R = fetched.users.missing_N[plan.user_of_R]
-    item_B = fetched.items.missing_N[plan.item_of_B]
+    user_R = fetched.users.missing_N[fetched.user_of_R]
+    item_B = fetched.items.missing_N[fetched.item_of_B]
     out: list[list[int]] = [[-1] if user else [] for user in user_R.tolist()]
     if item_B.any():
         rows = np.flatnonzero(item_B)
@@ -169,9 +169,9 @@ def missing_rows(plan: BatchPlan, fetched: Fetched) -> list[list[int]]:
 def feature_age_ms(scored: ScoredBatch) -> Int64:
     """Age at ``scored_at`` of the oldest feature record a request used, R values; -1 when none was found."""
     none = np.iinfo(np.int64).max
-    oldest_B = _event_ms(scored.fetched.items, none)[scored.plan.item_of_B]
+    oldest_B = _event_ms(scored.fetched.items, none)[scored.fetched.item_of_B]
     oldest_R = np.minimum.reduceat(oldest_B, scored.plan.starts[:-1]) if len(oldest_B) else np.zeros(0, np.int64)
-    oldest_R = np.minimum(oldest_R, _event_ms(scored.fetched.users, none)[scored.plan.user_of_R])
+    oldest_R = np.minimum(oldest_R, _event_ms(scored.fetched.users, none)[scored.fetched.user_of_R])
     return np.where(oldest_R == none, -1, np.maximum(scored.scored_at_ms - oldest_R, 0))
 
 

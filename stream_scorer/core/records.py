@@ -62,11 +62,16 @@ class FeatureRows(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """One fetch for a batch. ``degraded`` is true when the store could not answer in time or at all."""
+    """One fetch for a batch of R requests and B rows: each user and each item once, in first-seen order.
 
-    users: FeatureRows
-    items: FeatureRows
+    ``degraded`` is true when the store could not answer in time or at all.
+    """
+
+    users: FeatureRows  # U
+    items: FeatureRows  # I
     degraded: bool
+    user_of_R: Int64  # request -> index into users
+    item_of_B: Int64  # row -> index into items
 
 
 class CommitResult(NamedTuple):

@@ -108,7 +108,7 @@ def kept_rows(ctcvr_B: Float32, starts: Int64, top_k: int) -> tuple[Int64, Int64
 def _strips(scored: ScoredBatch, rows_K: Int64, dense: Dense) -> list[_Strip]:
     """All tensors of the batch in the order they are written: eight-byte values first, then four, then two."""
     batch, scores = scored.batch, scored.scores
-    user_R, item_K = scored.plan.user_of_R, batch.item_of_B.take(rows_K)
+    user_R, item_K = scored.fetched.user_of_R, batch.item_of_B.take(rows_K)
     ctr_K = scores.ctr_B.take(rows_K)
     arrays: list[NDArray[Any]] = [  # `take` is several times faster than an index in brackets for narrow rows
         batch.user.ids_NS.take(user_R, axis=0),

@@ -110,7 +110,7 @@ def test_a_request_with_one_field_of_anything(
 def publish(given_requests: list[ScoreRequest]) -> tuple[ScoredBatch, list[bytes], list[bytes]]:
     """Assemble, score and encode."""
     batch_plan = plan(given_requests)
-    features = fetched(len(batch_plan.users), len(batch_plan.items))
+    features = fetched(batch_plan)
     batch = assemble(given_requests, batch_plan, features, CONTEXT)
     assert np.isfinite(batch.context.dense_ND).all()
     scored = ScoredBatch(given_requests, batch_plan, batch, features, scores(batch_plan.rows), NOW_MS)

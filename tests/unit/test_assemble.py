@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from esmm.batch import SourceLayout
-from stream_scorer.core.assemble import assemble, context_block, plan
+from stream_scorer.core.assemble import assemble, context_block, first_seen, plan
 from stream_scorer.core.messages import ScoreRequest
 from tests.builders import CONTEXT, fetched, request
 
@@ -44,7 +44,7 @@ def test_context_equals_one_value_at_a_time(requests: list[ScoreRequest]) -> Non
     assert (block.ids_NS.dtype, block.dense_ND.dtype) == (np.int64, np.float32)
 
 
-def test_a_plan_lists_users_and_items_once_in_first_seen_order() -> None:
+def test_a_plan_lists_users_and_items_request_after_request() -> None:
     got = plan(
         [
             request("r1", ["b", "a"], user_id="u2"),
@@ -52,13 +52,16 @@ def test_a_plan_lists_users_and_items_once_in_first_seen_order() -> None:
             request("r3", ["a"], user_id="u2"),
         ]
     )
-    assert got.users == ["u2", "u1"]
-    assert got.items == ["b", "a", "c", "d"]
-    assert got.user_of_R.tolist() == [0, 1, 0]
-    assert got.item_of_B.tolist() == [0, 1, 2, 0, 3, 1]
+    assert got.users == ["u2", "u1", "u2"]
+    assert got.items == ["b", "a", "c", "b", "d", "a"]
     assert got.starts.tolist() == [0, 2, 5, 6]
-    assert got.user_of_B.tolist() == [0, 0, 1, 1, 1, 0]
     assert got.rows == 6
+
+
+def test_values_once_in_first_seen_order() -> None:
+    values, of = first_seen(["b", "a", "c", "b", "d", "a"])
+    assert values == ["b", "a", "c", "d"]
+    assert of.tolist() == [0, 1, 2, 0, 3, 1]
 
 
 def test_an_empty_plan() -> None:
@@ -68,7 +71,7 @@ def test_an_empty_plan() -> None:
 
 def test_a_batch_points_rows_at_what_was_fetched() -> None:
     requests = [request("r1", ["a", "b"]), request("r2", ["b"], user_id="u2", context={"hour": 5})]
-    batch_plan, features = plan(requests), fetched(2, 2)
+    batch_plan, features = plan(requests), fetched(plan(requests))
     features.items.slot_N[:] = [4, -1]
     features.items.generation_N[:] = [9, 0]
     batch = assemble(requests, batch_plan, features, CONTEXT)

@@ -140,7 +140,7 @@ def scored(requests: list[ScoreRequest], features: Fetched, given: Scores | None
 
 def test_scores_are_columnar_and_keep_the_contract() -> None:
     requests = [request("r1", ["a", "b", "c"]), request("r2", ["c"], user_id="u2", ts=NOW_MS - 7)]
-    batch = scored(requests, fetched(2, 3))
+    batch = scored(requests, fetched(plan(requests)))
     first, second = (ScoreMessage.model_validate_json(body) for body in encode_scores(batch))
     assert (first.request_id, first.user_id, first.items) == ("r1", "u1", ["a", "b", "c"])
     assert (second.request_id, second.user_id, second.items, second.ts) == ("r2", "u2", ["c"], NOW_MS - 7)
@@ -158,13 +158,14 @@ def test_rounding_never_puts_ctcvr_above_ctr() -> None:
     above = np.nextafter(ctr, np.float32(1))
     given = Scores(ctr, np.ones(1, np.float32), above, 1)
     assert valid_scores(given, 1).all()
-    message = ScoreMessage.model_validate_json(encode_scores(scored([request(items=["a"])], fetched(1, 1), given))[0])
+    requests = [request(items=["a"])]
+    message = ScoreMessage.model_validate_json(encode_scores(scored(requests, fetched(plan(requests)), given))[0])
     assert message.ctcvr[0] <= message.ctr[0]
 
 
 def test_missing_features_are_listed_and_do_not_age() -> None:
     requests = [request("r1", ["a", "b", "c"]), request("r2", ["c", "d"], user_id="u2")]
-    features = fetched(2, 4, degraded=True, missing_users=[1], missing_items=[0, 2])
+    features = fetched(plan(requests), degraded=True, missing_users=[1], missing_items=[0, 2])
     batch = scored(requests, features)
     assert missing_rows(batch.plan, features) == [[0, 2], [-1, 0]]
     # user 0 is 1 s old, item b (row 1) 2 s, item d (row 3) 4 s, and scoring was 250 ms later
@@ -173,9 +174,10 @@ def test_missing_features_are_listed_and_do_not_age() -> None:
 
 
 def test_no_features_at_all_have_age_minus_one_and_future_ones_age_zero() -> None:
-    nothing = fetched(1, 2, missing_users=[0], missing_items=[0, 1])
+    asked = plan([request()])
+    nothing = fetched(asked, missing_users=[0], missing_items=[0, 1])
     assert feature_age_ms(scored([request()], nothing)).tolist() == [-1]
-    future = fetched(1, 2)
+    future = fetched(asked)
     future.users.event_ms_N[:] = future.items.event_ms_N[:] = NOW_MS + 10_000
     assert feature_age_ms(scored([request()], future)).tolist() == [0]
 

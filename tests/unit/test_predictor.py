@@ -16,6 +16,8 @@ from esmm.predictor.config import PrecisionError, PredictorConfig
 from esmm.predictor.fast import FastPredictor
 from esmm.predictor.plain import PlainPredictor
 from esmm.predictor.precision import PrecisionBound, precision_error, processor_flags
+from esmm.predictor.rows import EagerRows
+from esmm.predictor.scripted import ScriptedRows, script_rows
 
 SCHEMA = FeatureSchema(
     [
@@ -343,3 +345,35 @@ def test_what_does_not_compile_is_served_eagerly_with_a_warning(fast, monkeypatc
 def test_without_a_compiler_nothing_is_tried(fast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("esmm.predictor.fast.has_compiler", lambda: False)
     assert fast(compile=True).served.warning == "no C++ compiler: not compiled"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "prelu", "linear"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_call_a_batch_gives_what_operation_by_operation_gives(
+    fast, precision: str, activation: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packed:
+        monkeypatch.setattr("esmm.predictor.rows.pack", lambda *_: None)
+        monkeypatch.setattr("esmm.predictor.scripted.pack", lambda *_: None)
+    model, batch = make_model(dnn_activation=activation), make_batch(5, 9, 300)
+    scripted, eager = (fast(model, precision=precision, script=on) for on in (True, False))
+    assert isinstance(scripted._rows, ScriptedRows)
+    assert isinstance(eager._rows, EagerRows)
+    if packed and activation != "sigmoid":  # the same kernels in the same order
+        np.testing.assert_array_equal(scripted.logits(batch), eager.logits(batch))
+    else:
+        near = 1e-5 if precision == "float32" else 2e-2
+        np.testing.assert_allclose(scripted.logits(batch), eager.logits(batch), rtol=near, atol=near)
+
+
+def test_where_torchscript_has_gone_batches_run_operation_by_operation(fast, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise RuntimeError("not supported in this Python")
+
+    monkeypatch.setattr("torch.jit.script", gone)
+    script_rows.cache_clear()
+    try:
+        assert isinstance(fast()._rows, EagerRows)
+    finally:
+        script_rows.cache_clear()

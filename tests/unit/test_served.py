@@ -20,7 +20,7 @@ REQUESTS = [
 
 def scored(requests: list[ScoreRequest], given: Scores | None = None, degraded: bool = False) -> ScoredBatch:
     batch_plan = plan(requests)
-    features = fetched(len(batch_plan.users), len(batch_plan.items), degraded)
+    features = fetched(batch_plan, degraded)
     batch = assemble(requests, batch_plan, features, CONTEXT)
     return ScoredBatch(requests, batch_plan, batch, features, given or scores(batch_plan.rows), NOW_MS + 250)
 
@@ -97,7 +97,7 @@ def test_a_schema_without_some_columns() -> None:
         block = FeatureBlock(np.ones((count, one.id_width), np.int64), np.ones((count, one.dense_width), np.float32))
         return FeatureRows(block, np.zeros(count, np.int64), np.zeros(count, np.bool_), block.ids_NS, block.ids_NS)
 
-    features = Fetched(rows(user, 1), rows(item, batch_plan_items), False)
+    features = Fetched(rows(user, 1), rows(item, batch_plan_items), False, np.zeros(1, np.int64), np.arange(2))
     requests = [request(items=["a", "b"])]
     batch = assemble(requests, batch_plan, features, layout.context)
     value = encode_served(ScoredBatch(requests, batch_plan, batch, features, scores(2), NOW_MS), layout, 50, "float32")
