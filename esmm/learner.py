@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esmm.admission import Admission, AdmissionRule
 from esmm.batch import Examples, FeatureBlock, Float32, StepStats
 from esmm.delay import (
     DEFAULT,
@@ -39,6 +40,7 @@ from esmm.sampling import NegativeSampler
 from esmm.towers import HandTowers, Part, Precision, distinct
 
 InputAt = Callable[[Tensor], Tensor]  # some of the B rows -> the towers' input there, detached
+_ADMISSION = "admission."  # of tensors that a checkpoint has only when the rule was on
 WriteVersion = Callable[[Path, ESMM, Mapping[str, Any]], object]
 
 
@@ -54,6 +56,7 @@ class LearnerConfig:
     clip_norm: float = 10.0  # of the whole gradient, embeddings included
     precision: Precision = "float32"  # of the towers' matrix products
     by_hand: bool = True  # False: towers under autograd, the plain path, whatever the model
+    admission: AdmissionRule = field(default_factory=AdmissionRule)
     negative_keep: float = 1.0  # share of the unclicked first emissions that is learned from, see `esmm.sampling`
     seed: int = 1024
     threads: int = 1
@@ -118,6 +121,7 @@ class Learner:
             raise ValueError(f"method {config.method!r} learns t / (1 + t), which does not go with negative_keep < 1")
         self._write_version = write_version
         self._tables = Tables(dict(model.embedding_dict.items()), config.embedding)
+        self._admission = Admission(model, self._tables, config.admission)
         dense = [p for name, p in model.named_parameters() if not name.startswith("embedding_dict.")]
         self._adam = DenseAdam(dense, config.learning_rate, config.l2_dense)
         self._heads = Heads(model.input_dim, config.heads, config.seed)
@@ -150,7 +154,8 @@ class Learner:
             self._heads.adam.zero()
             (forward.loss + forward.head_loss).backward()  # type: ignore[no-untyped-call]
             self._towers_backward(forward)
-            finite = self._learn(forward, self._tables.collect())
+            self._admission.see(examples)
+            finite = self._learn(forward, self._admission.admitted(self._tables.collect()))
             if not finite:
                 undo()
         self.steps += 1
@@ -213,7 +218,7 @@ class Learner:
         index_K = used_B.nonzero()[:, 0]
         return logits_B2.index_copy(0, index_K, self._heads(x_of(index_K)))
 
-    def _learn(self, forward: _Forward, touched: list[Touched]) -> bool:
+    def _learn(self, forward: _Forward, touched: Sequence[Touched]) -> bool:
         """Apply the gradients if all are finite; says whether they were."""
         grads = [self._adam.grad_P, *(t.grad_UE for t in touched)]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
@@ -274,12 +279,13 @@ class Learner:
     def restore(self, directory: Path) -> None:
         """Read what `save` wrote; raises ValueError that says what is wrong, and then nothing was changed."""
         own, numbers = self._state(), self._numbers()
-        saved, meta = read_state(directory, own, numbers)
+        saved, meta = read_state(directory, own, numbers, optional=_ADMISSION)
         for key in ("schema_hash", "embedding_optimiser", "odds_correction"):
             if meta[key] != numbers[key]:
                 raise refused(directory, f"{key} is {meta[key]!r}, this learner has {numbers[key]!r}")
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
+        self._admission.forget()
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
         self.steps, self._adam.steps, self._heads.adam.steps = meta["steps"], meta["dense_steps"], meta["head_steps"]
         self._heads.trust = Trust(meta["head_rows"], meta["head_predicted"], meta["head_labelled"])
 
@@ -309,6 +315,7 @@ class Learner:
             "adam": self._adam.state(),
             "head_adam": self._heads.adam.state(),
             "tables": self._tables.state(),
+            "admission": self._admission.state(),
         }
         return {f"{part}.{name}": tensor.detach() for part, named in parts.items() for name, tensor in named.items()}
 

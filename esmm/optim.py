@@ -169,6 +169,10 @@ class Tables:
         group.looked_up.append((rows_N, leaf))
         return leaf
 
+    def place(self, table: str) -> tuple[TablesOfWidth, int]:
+        """The block that a table lies in, and its first row there."""
+        return self._where[table]
+
     def collect(self) -> list[Touched]:
         """Gradients of all rows looked up since the last call."""
         return [touched for group in self.groups.values() if (touched := group.collect()) is not None]

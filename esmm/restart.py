@@ -29,15 +29,19 @@ def write_state(directory: Path, tensors: Mapping[str, Tensor], numbers: Mapping
 
 
 def read_state(
-    directory: Path, like: Mapping[str, Tensor], numbers: Mapping[str, Any]
+    directory: Path, like: Mapping[str, Tensor], numbers: Mapping[str, Any], optional: str = "\0"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Finite tensors with the names, shapes and types of ``like``, numbers with the keys and types of ``numbers``.
 
+    Tensors whose names begin with ``optional`` may be missing on either side; others are left out of what is returned.
     Raises ValueError that says what is wrong.
     """
     meta = _read_meta(directory, numbers)
     tensors = _read_tensors(directory, meta["sha256"])
     for name in sorted(like.keys() | tensors.keys()):
+        if name.startswith(optional) and not (name in like and name in tensors):
+            tensors.pop(name, None)
+            continue
         problem = _problem(tensors.get(name), like.get(name))
         if problem:
             raise refused(directory, f"tensor {name!r} {problem}")

@@ -128,6 +128,10 @@ class TrainerSettings(_Section):
     negative_keep: float = Field(
         1.0, gt=0, le=1, description="share of unclicked impressions learned from; the loss undoes the sampling"
     )
+    admit_after: int = Field(1, ge=1, le=1_000_000, description="impressions before an embedding row is trained")
+    evict_after_s: float = Field(
+        0.0, ge=0, description="an embedding row not seen for this long is reset; 0: never; else >= attribution window"
+    )
     publish_every_s: float = Field(60.0, gt=0)
     publish_every_examples: int = Field(0, ge=0, description="0: only by time")
     join_state: Literal["memory", "rocksdb"] = Field(

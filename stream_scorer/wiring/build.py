@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import structlog
 
+from esmm.admission import AdmissionRule
 from esmm.batch import RankBatch, Scores
 from esmm.checkpoint import CheckpointError, Loaded, golden_batch, load_version, probe, save_version
 from esmm.delay import Method, method_named, served_ctcvr
@@ -153,12 +154,24 @@ def learner(settings: Settings, schema: FeatureSchema) -> Learner:
         learning_rate=trainer.learning_rate,
         l2_dense=model.l2_dense,
         embedding=RowRule(learning_rate=trainer.embedding_learning_rate, l2=model.l2_embedding),
+        admission=admission_rule(settings),
         negative_keep=trainer.negative_keep,
         seed=model.seed,
         threads=trainer.threads,
     )
     method_of(settings)
     return Learner(esmm, config, save_version)
+
+
+def admission_rule(settings: Settings) -> AdmissionRule:
+    """Which embedding rows are trained; `ConfigurationError` when one could be evicted before its conversion comes."""
+    trainer = settings.trainer
+    if 0 < trainer.evict_after_s < trainer.attribution_window_s:
+        raise ConfigurationError(
+            f"setting 'trainer.evict_after_s' is wrong: {trainer.evict_after_s:g} is shorter than "
+            f"attribution_window_s, {trainer.attribution_window_s:g}: conversions would find their embeddings gone"
+        )
+    return AdmissionRule(trainer.admit_after, _ms(trainer.evict_after_s))
 
 
 def method_of(settings: Settings) -> Method:
@@ -225,6 +238,7 @@ def trainer_policy(settings: Settings, schema: FeatureSchema) -> TrainerPolicy:
             mature_ms=_ms(trainer.click_window_s + trainer.attribution_window_s),
         ),
         gate=GatePolicy(trainer.gate_logloss_margin, low, high, trainer.gate_min_examples),
+        rewind=settings.kafka.options.get("auto.offset.reset", "earliest") in ("earliest", "smallest", "beginning"),
         batch_rows=trainer.batch_rows,
         max_wait_ms=_ms(trainer.max_wait_s),
         publish_every_s=trainer.publish_every_s,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from esmm.admission import AdmissionRule
 from esmm.checkpoint import load_version, save_version
 from esmm.features import DenseFeat, FeatureSchema, SparseFeat
 from esmm.model import ESMM
@@ -56,6 +57,13 @@ def test_a_version_of_another_schema_is_refused_by_name(tmp_path):
     with pytest.raises(ModelRefused) as caught:
         build.loader(other, PredictorConfig())(info)
     assert caught.value.reason == "schema"
+
+
+def test_evicting_before_the_attribution_window_is_over_is_refused_and_a_rule_reaches_the_learner():
+    rule = {"trainer.admit_after": 3, "trainer.evict_after_s": 864_000}
+    assert build.learner(load(None, {}, rule), SCHEMA).config.admission == AdmissionRule(3, 864_000_000)
+    with pytest.raises(ConfigurationError, match=r"evict_after_s.* shorter than attribution_window_s, 864000"):
+        build.learner(load(None, {}, {"trainer.evict_after_s": 863_999}), SCHEMA)
 
 
 def test_the_share_of_negatives_reaches_the_learner_and_is_refused_by_name_where_it_cannot_be():
