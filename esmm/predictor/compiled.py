@@ -111,7 +111,7 @@ def compiled_graph() -> Callable[..., Tensor]:
 
 
 def _allow_shapes() -> None:
-    """One graph a shape is wanted here, not a mistake. The limit belongs to a thread, and each predictor has its own."""
+    """One graph a shape is wanted, not a mistake. The limit belongs to a thread, and each predictor has its own."""
     import torch._dynamo  # here: seconds of import that only this path pays
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)  # noqa: SLF001
