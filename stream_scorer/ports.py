@@ -81,6 +81,14 @@ class Source(Protocol):
         """Records between the position and the end of the assigned partitions, as last known to the client."""
         ...
 
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """Where reading goes on, of assigned partitions for which that is known; in on_assign: what was committed."""
+        ...
+
+    def ended(self) -> Collection[TopicPartition]:
+        """Assigned partitions that are known to have been read to their end, as of the last poll."""
+        ...
+
     def close(self) -> None:
         """Leave the group (calls on_revoke first when partitions are held)."""
         ...

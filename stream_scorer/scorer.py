@@ -21,7 +21,7 @@ from stream_scorer.core import metric_names as names
 from stream_scorer.core.assemble import BatchPlan, assemble, plan
 from stream_scorer.core.codec import RequestLimits, ScoredBatch, valid_scores
 from stream_scorer.core.deadline import Deadline
-from stream_scorer.core.errors import FatalError
+from stream_scorer.core.errors import CommitRefused, FatalError
 from stream_scorer.core.intake import Intake
 from stream_scorer.core.ledger import Ledger, Ticket
 from stream_scorer.core.messages import ScoreRequest
@@ -213,6 +213,7 @@ class Scorer:
         self._retry_at_s: float | None = None  # set while the feature store is being waited for
         self._rewound: dict[TopicPartition, int] = {}
         self._shutdown: Deadline | None = None
+        self._refused: str | None = None  # why the last commit was not taken
         self._publisher = Publisher(ports, policy.output, self._ledger, self._tally)
         self._scored = 0  # acknowledged, as far as the metric knows
         self._committed_at_s = self._lag_at_s = float("-inf")
@@ -224,6 +225,8 @@ class Scorer:
                 stop.wait(NO_MODEL_WAIT_S)
         self._shutdown = self._budget()
         if not self.drain(self._shutdown):
+            if self._refused is not None:
+                raise CommitRefused(f"the last offsets were not committed ({self._refused}): some requests come again")
             raise FatalError("what was in flight was not acknowledged in time; it is not committed and is read again")
 
     def step(self) -> bool:
@@ -243,7 +246,13 @@ class Scorer:
         return True
 
     def drain(self, deadline: Deadline) -> bool:
-        """Finish and publish the batch in flight, wait for its acknowledgement, commit. False when time ran out."""
+        """Finish and publish the batch in flight, wait for its acknowledgement, commit.
+
+        False when time ran out or the offsets were refused.
+        """
+        return self._publish_all(deadline) and self._refused is None
+
+    def _publish_all(self, deadline: Deadline) -> bool:
         self._land()
         done = self._ports.sink.flush(deadline)
         self._commit()
@@ -392,8 +401,10 @@ class Scorer:
             self._scored = self._ledger.scored
         offsets = self._ledger.settled()
         if not offsets:
+            self._refused = None
             return
         result = self._ports.source.commit(offsets)
+        self._refused = None if result.committed else result.error or "refused"
         if result.committed:
             self._ledger.committed(offsets)
         else:
@@ -421,7 +432,7 @@ class Scorer:
 
     def on_revoke(self, partitions: Sequence[TopicPartition]) -> None:
         """Finish and commit under one deadline; past it nothing queued may land after the next owner has started."""
-        if not self.drain(self._shutdown or self._budget()):
+        if not self._publish_all(self._shutdown or self._budget()):
             _log.warning("not acknowledged in time before a rebalance: it will be scored again", partitions=partitions)
             self._go_back(partitions)
         self._ledger.forget(partitions)

@@ -223,6 +223,12 @@ class FakeSource:
     def lag(self) -> int:
         return sum(len(self.log[where]) - self.position[where] for where in self.held)
 
+    def positions(self) -> dict[TopicPartition, int]:
+        return {where: self.position[where] for where in self.held}
+
+    def ended(self) -> set[TopicPartition]:
+        return {where for where in self.held if self.position[where] >= len(self.log[where])}
+
     def close(self) -> None:
         if not self.closed and self.held and self._listener is not None:
             self._suffer(Fault("revoke", returns=False))

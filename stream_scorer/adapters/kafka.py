@@ -7,7 +7,7 @@ every method here is called from the thread that polls; rebalance callbacks fire
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -63,13 +63,20 @@ class _Held:
 
     epoch: int
     next_offset: int
+    ended: bool = False  # read to the end, as far as the client knows
 
 
 class KafkaSource:
     """A consumer group member (`stream_scorer.ports.Source`)."""
 
-    def __init__(self, config: KafkaConfig, topics: Sequence[str], group: str, metrics: Metrics) -> None:
-        """Connects to nothing yet. `ConfigurationError` when an option is unknown or wrong."""
+    def __init__(
+        self, config: KafkaConfig, topics: Sequence[str], group: str, metrics: Metrics, *, ends: bool = False
+    ) -> None:
+        """Connects to nothing yet. `ConfigurationError` when an option is unknown or wrong.
+
+        ``ends``: take note of partitions' ends, so that `ended` knows them.
+        """
+        self._ends = ends
         self._config = config
         self._topics = list(topics)
         self._metrics = metrics
@@ -100,6 +107,7 @@ class KafkaSource:
             "group.protocol": config.group_protocol,
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
+            "enable.partition.eof": self._ends,
             "error_cb": self._outage.seen,
         }
         if config.group_protocol == "classic":  # with `consumer` (KIP-848) both are the broker's
@@ -149,7 +157,10 @@ class KafkaSource:
         for message in messages:
             error = message.error()
             if error is not None:
-                self._message_error(error)
+                if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001
+                    self._end(message)
+                else:
+                    self._message_error(error)
                 continue
             topic, partition, offset = str(message.topic()), int(message.partition() or 0), int(message.offset() or 0)
             state = held.get((topic, partition))
@@ -157,7 +168,7 @@ class KafkaSource:
                 continue
             if offset > state.next_offset != UNKNOWN_OFFSET:
                 self._gaps.seen(TopicPartition(topic, partition), state.next_offset, offset)
-            state.next_offset = offset + 1
+            state.next_offset, state.ended = offset + 1, False
             records.append(
                 Record(
                     Position(topic, partition, offset),
@@ -171,6 +182,12 @@ class KafkaSource:
         if messages:
             self._outage.progress()
         return records
+
+    def _end(self, message: Message) -> None:
+        """The client has read a partition to its end; what lies between was not for us (markers of transactions)."""
+        state = self._held.get((str(message.topic()), int(message.partition() or 0)))
+        if state is not None:
+            state.next_offset, state.ended = max(state.next_offset, int(message.offset() or 0)), True
 
     def _is_held(self, record: Record) -> bool:
         state = self._held.get(record.position.topic_partition)
@@ -270,7 +287,7 @@ class KafkaSource:
                         raise FatalError(f"seek {where} to {offset}: {self._config.explain(problem)}") from None
                     time.sleep(RETRY_S)
                 else:
-                    self._held[where].next_offset = offset
+                    self._held[where].next_offset, self._held[where].ended = offset, False
                     break
 
     @property
@@ -301,6 +318,15 @@ class KafkaSource:
             if marks is not None and marks[1] >= 0:
                 total += max(0, marks[1] - max(state.next_offset, marks[0], 0))
         return total
+
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """See `stream_scorer.ports.Source`."""
+        known = ((where, state.next_offset) for where, state in self._held.items())
+        return {TopicPartition(*where): offset for where, offset in known if offset != UNKNOWN_OFFSET}
+
+    def ended(self) -> Collection[TopicPartition]:
+        """See `stream_scorer.ports.Source`. Empty unless made with ``ends``."""
+        return {TopicPartition(*where) for where, state in self._held.items() if state.ended}
 
     def close(self) -> None:
         """See `stream_scorer.ports.Source`. Calling twice is fine."""

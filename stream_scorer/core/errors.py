@@ -3,6 +3,7 @@
     StreamScorerError
     ├── ConfigurationError   settings, schema or topics are wrong: fix and start again (exit status 78)
     ├── FatalError           the process must stop: nothing was committed that was not published (exit status 1)
+    │   └── CommitRefused    all work is done, but the group did not take the last offsets: some of it is done again
     └── RecoverableError     try again, or degrade; the loop goes on
         └── ModelRefused     a model version failed its checks and is not served; ``reason`` is a metric label
 
@@ -22,6 +23,10 @@ class ConfigurationError(StreamScorerError):
 
 class FatalError(StreamScorerError):
     """The process cannot keep its promises and must stop."""
+
+
+class CommitRefused(FatalError):
+    """The group did not take the last offsets."""
 
 
 class RecoverableError(StreamScorerError):

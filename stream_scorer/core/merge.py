@@ -1,40 +1,40 @@
 """One order for records of many partitions that does not depend on how they were polled.
 
 Records are released by (record time, topic, partition, offset). The smallest can only be known when every partition has
-something to show, so an empty partition is waited for, until it is known to have nothing:
-
-- it has delivered before and the client is caught up (nothing left to read anywhere), or
-- it has been silent for ``idle_after_s``.
+something to show, so an empty partition is waited for, until it is known to have nothing: the client has read it to
+its end, and all others too, or it has been silent for ``idle_after_s``.
 
 So for data that is in the topics already (a replay, or what a restarted trainer reads again) the order is a function
-of the data alone. At the live end of a stream it is that of arrival within the waiting time. Time is a parameter.
+of the data alone, however slowly a partition is fetched. At the live end of a stream it is that of arrival within the
+waiting time. Two things end the waiting for a partition that has more, and are counted, for then the order depends on
+luck: silence of ``stall_after_s``, and more than ``max_buffered`` records waiting. Time is a parameter.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from stream_scorer.core.records import Record, TopicPartition
 
 
 class _Queue:
-    __slots__ = ("delivered", "heard_s", "newest_ms", "records")
+    __slots__ = ("heard_s", "newest_ms", "records")
 
     def __init__(self, now_s: float, newest_ms: int) -> None:
         self.records: deque[tuple[int, Record]] = deque()
         self.newest_ms = newest_ms  # record time is made monotone within a partition, which keeps offset order
         self.heard_s = now_s
-        self.delivered = False
 
 
 class Merge:
     """Push what was polled, take what is in order."""
 
-    def __init__(self, idle_after_s: float, max_buffered: int) -> None:
+    def __init__(self, idle_after_s: float, max_buffered: int, stall_after_s: float = 30.0) -> None:
         """Above ``max_buffered`` records nothing empty is waited for."""
-        self._idle_after_s = idle_after_s
+        self.impatient = 0  # times that a partition was not waited for although it may have had more
+        self._idle_after_s, self._stall_after_s = idle_after_s, stall_after_s
         self._max_buffered = max_buffered
         self._queues: dict[TopicPartition, _Queue] = {}
         self._buffered = 0
@@ -63,17 +63,17 @@ class Merge:
             queue.newest_ms = max(queue.newest_ms, record.timestamp_ms)
             queue.records.append((queue.newest_ms, record))
             queue.heard_s = now_s
-            queue.delivered = True
         self._buffered += len(records)
 
-    def take(self, limit: int, now_s: float, caught_up: bool) -> list[Record]:
-        """Up to ``limit`` records in order; fewer when the next one cannot be known yet."""
+    def take(self, limit: int, now_s: float, ended: Collection[TopicPartition]) -> list[Record]:
+        """Up to ``limit`` records in order; fewer when the next one cannot be known yet. ``ended``: read to the end."""
+        caught_up = all(partition in ended for partition in self._queues)
         out: list[Record] = []
         heads: list[tuple[int, str, int, int]] = []
         for partition, queue in self._queues.items():
             if queue.records:
                 heads.append(_head(partition, queue))
-            elif not self._is_idle(queue, now_s, caught_up):
+            elif not self._is_idle(queue, now_s, partition in ended, caught_up):
                 return out
         heapq.heapify(heads)
         while heads and len(out) < limit:
@@ -85,7 +85,7 @@ class Merge:
             self._buffered -= 1
             if queue.records:
                 heapq.heapreplace(heads, _head(partition, queue))
-            elif self._is_idle(queue, now_s, caught_up):
+            elif self._is_idle(queue, now_s, partition in ended, caught_up):
                 heapq.heappop(heads)
             else:
                 break
@@ -107,10 +107,12 @@ class Merge:
             queue = self._queues[partition] = _Queue(now_s, self._newest_ms.get(partition, -1))
         return queue
 
-    def _is_idle(self, queue: _Queue, now_s: float, caught_up: bool) -> bool:
-        if (caught_up and queue.delivered) or self._buffered > self._max_buffered:
+    def _is_idle(self, queue: _Queue, now_s: float, ended: bool, caught_up: bool) -> bool:
+        if caught_up or (ended and now_s - queue.heard_s >= self._idle_after_s):
             return True
-        return now_s - queue.heard_s >= self._idle_after_s
+        hurried = self._buffered > self._max_buffered or now_s - queue.heard_s >= self._stall_after_s
+        self.impatient += hurried
+        return hurried
 
 
 def _head(partition: TopicPartition, queue: _Queue) -> tuple[int, str, int, int]:

@@ -13,7 +13,7 @@ One trainer owns all partitions of ``served`` and ``feedback``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from stream_scorer.core import metric_names as names
 from stream_scorer.core.codec import decode_feedback
 from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.drift import DriftAlarm, DriftPolicy
-from stream_scorer.core.errors import FatalError
+from stream_scorer.core.errors import CommitRefused, FatalError
 from stream_scorer.core.gate import GatePolicy
 from stream_scorer.core.join import Joiner
 from stream_scorer.core.join_entry import JoinPolicy
@@ -45,6 +45,7 @@ from stream_scorer.trainer.publisher import Publisher
 _log = structlog.get_logger("stream_scorer.trainer")
 
 STATS_EVERY_S = 1.0
+NO_CHECKPOINT = "offsets_without_checkpoint"  # name of a warning
 LOGGED_REJECTS = 10  # the first ones are logged, then one in a thousand
 
 
@@ -76,6 +77,7 @@ class TrainerPolicy:
     idle_wait_s: float = 0.1
     merge_idle_s: float = 1.0  # an empty partition is waited for this long while there is something to read ..
     merge_records: int = 100_000  # .. unless this many are waiting
+    rewind: bool = True  # partitions that are committed but in no checkpoint are read from their start
     publish_every_s: float = 60.0
     publish_every_examples: int = 0  # 0: only by time
     checkpoint_every_s: float = 60.0
@@ -107,6 +109,8 @@ class Trainer:
         self._unsaved = False
         self._step_ms = 0.0
         self._reject_error: object | None = None
+        self._refused: str | None = None  # why the group did not take the last checkpoint's offsets
+        self._impatient = 0
         self._started = self._failed = False
         self._held: set[TopicPartition] = set()
         self._heard_s = self._published_s = self._saved_s = 0.0
@@ -124,6 +128,8 @@ class Trainer:
             self._failed = True  # half a step was applied: no checkpoint may be made of it on the way out
             raise
         if not self.drain(Deadline.after(self._policy.drain_timeout_s, self._ports.clock.monotonic_s)):
+            if self._refused is not None:
+                raise CommitRefused(f"the last offsets were not committed ({self._refused}); the checkpoint has them")
             raise FatalError("rejects were not acknowledged in time; nothing was committed since the last checkpoint")
 
     def start(self) -> None:
@@ -141,9 +147,11 @@ class Trainer:
     def step(self) -> int:
         """One turn; how many records it took."""
         self.start()
-        caught_up = self._read()
+        ended = self._read()
+        caught_up = bool(self._held) and self._held <= set(ended)
         now_s = self._ports.clock.monotonic_s()
-        records = self._merge.take(self._policy.max_records, now_s, caught_up)
+        records = self._merge.take(self._policy.max_records, now_s, ended)
+        self._warn_of_impatience()
         for record in records:
             self._take(record)
         if records or len(self._merge) or not caught_up:
@@ -155,12 +163,15 @@ class Trainer:
         return len(records)
 
     def drain(self, deadline: Deadline) -> bool:
-        """Checkpoint and commit. Rows waiting for a full step wait in the checkpoint: stopping changes no weights."""
+        """Checkpoint and commit; False when time ran out or the offsets were refused.
+
+        Rows waiting for a full step wait in the checkpoint: stopping changes no weights.
+        """
         done = self._ports.sink.flush(deadline)
         if done:
             self._checkpoint()
         self._refresh_stats(self._ports.clock.monotonic_s())
-        return done
+        return done and self._refused is None
 
     def stats(self) -> TrainerStats:
         """A snapshot, a second old at most; may be asked for from another thread."""
@@ -173,8 +184,8 @@ class Trainer:
 
     # Reading
 
-    def _read(self) -> bool:
-        """Poll into the merge; says whether nothing is left to read."""
+    def _read(self) -> Collection[TopicPartition]:
+        """Poll into the merge; the partitions of which nothing is left to read."""
         source, policy = self._ports.source, self._policy
         waiting = len(self._merge)
         if waiting < policy.merge_records:
@@ -185,7 +196,13 @@ class Trainer:
                 records = [r for r in records if r.position.topic_partition not in self._rewind]
                 self._rewind = {}
             self._merge.push(records, self._ports.clock.monotonic_s())
-        return bool(self._held) and source.lag() == 0
+        return source.ended()
+
+    def _warn_of_impatience(self) -> None:
+        impatient = self._merge.impatient
+        if impatient and not self._impatient:
+            _log.warning("a partition with more to read was not waited for: a replay may take records in another order")
+        self._impatient = impatient
 
     def _take(self, record: Record) -> None:
         """One record through the join; learn when enough rows have come of it."""
@@ -322,6 +339,8 @@ class Trainer:
         """Everything that a restart needs, at once; only then the offsets it has seen."""
         ports = self._ports
         if not self._unsaved:
+            if self._refused is not None:
+                self._commit()
             return
         if not ports.sink.flush(Deadline.after(self._policy.drain_timeout_s, ports.clock.monotonic_s)):
             raise FatalError("rejects were not acknowledged in time")
@@ -332,7 +351,12 @@ class Trainer:
         ports.checkpoints.save(self._write_parts, self._state(), arrays)
         self._unsaved, self._saved_s = False, ports.clock.monotonic_s()
         ports.metrics.inc(names.CHECKPOINTS)
-        result = ports.source.commit(self._next)
+        self._commit()
+
+    def _commit(self) -> None:
+        held = {where: offset for where, offset in self._next.items() if where in self._held}
+        result = self._ports.source.commit(held)
+        self._refused = None if result.committed else result.error or "refused"
         if not result.committed:
             _log.warning("offsets not committed; a restart goes by the checkpoint all the same", error=result.error)
 
@@ -377,6 +401,23 @@ class Trainer:
         self._merge.assign(partitions, self._ports.clock.monotonic_s())
         self._joiner.watermark.assign(partitions)
         self._rewind |= {where: self._next[where] for where in partitions if where in self._next}
+        self._start_over([where for where in partitions if where not in self._next])
+
+    def _start_over(self, unknown: Sequence[TopicPartition]) -> None:
+        """No checkpoint knows these: what was committed of them was learned by weights that are gone."""
+        positions = self._ports.source.positions()
+        committed = {where: positions[where] for where in unknown if positions.get(where, 0) > 0}
+        if not committed:
+            return
+        if self._policy.rewind:
+            self._rewind |= dict.fromkeys(committed, 0)
+        _log.warning(
+            "no checkpoint has these partitions: reading from the earliest record kept"
+            if self._policy.rewind
+            else "no checkpoint has these partitions: going on at the offsets committed (auto.offset.reset)",
+            event_name=NO_CHECKPOINT,
+            committed={f"{where.topic}/{where.partition}": offset for where, offset in committed.items()},
+        )
 
     def on_revoke(self, partitions: Sequence[TopicPartition]) -> None:
         """Checkpoint and commit while it is allowed; drop what was polled and not taken."""

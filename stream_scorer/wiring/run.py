@@ -103,7 +103,7 @@ def run_train(settings: Settings, stop: threading.Event, status: bool) -> int:
     topics = settings.kafka.topics
     connect.require_topics(settings, [topics.served, topics.feedback, topics.rejects])
     clock, metrics, kafka = SystemClock(), PrometheusMetrics(__version__), connect.kafka_config(settings)
-    source = KafkaSource(kafka, [topics.served, topics.feedback], settings.kafka.trainer_group, metrics)
+    source = KafkaSource(kafka, [topics.served, topics.feedback], settings.kafka.trainer_group, metrics, ends=True)
     sink = KafkaSink(kafka)
     learner, store = build.learner(settings, schema), DirectoryStore(Path(settings.model.store))
     start_from_live(learner, store, schema)

@@ -150,6 +150,42 @@ def test_lag_is_what_is_left_to_read(world: World) -> None:
     source.close()
 
 
+def test_the_end_of_a_partition_is_known_once_it_was_read_to_there(world: World) -> None:
+    source, topic, _ = opened(world, [Sent(0, b"a"), Sent(0, b"b"), Sent(1, b"c")])
+    assert source.ended() == set()
+    poll_for(source, 3)
+    give_up = soon()
+    while len(source.ended()) < PARTITIONS and not give_up.passed:
+        source.poll(10, 0.1, 0.0)
+    assert set(source.ended()) == {TopicPartition(topic, number) for number in range(PARTITIONS)}
+    assert source.positions().items() >= {TopicPartition(topic, 0): 2, TopicPartition(topic, 1): 1}.items()
+    source.seek({TopicPartition(topic, 0): 1})
+    assert TopicPartition(topic, 0) not in source.ended()
+    assert source.positions()[TopicPartition(topic, 0)] == 1
+    source.close()
+
+
+def test_what_was_committed_is_known_at_assignment(world: World) -> None:
+    class Asking(Listener):
+        source: Source
+        found: dict[TopicPartition, int]
+
+        def on_assign(self, partitions: Sequence[TopicPartition]) -> None:
+            super().on_assign(partitions)
+            self.found = dict(self.source.positions())
+
+    source, topic, group = opened(world, numbered(9))
+    poll_for(source, 9)
+    assert source.commit({TopicPartition(topic, 1): 2}).committed
+    again, listener = world.restarted(source, topic, group), Asking()
+    listener.source = again
+    again.subscribe(listener)
+    poll_for(again, 7)
+    assert listener.found[TopicPartition(topic, 1)] == 2
+    assert listener.found.get(TopicPartition(topic, 0), 0) == 0
+    again.close()
+
+
 def test_close_revokes_first_and_a_commit_then_still_counts(world: World) -> None:
     class Committing(Listener):
         source: Source

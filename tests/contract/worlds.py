@@ -110,7 +110,7 @@ class KafkaWorld:
         assert not failed
 
     def source(self, topic: str, group: str) -> KafkaSource:
-        return KafkaSource(self.config, [topic], group, self.metrics)
+        return KafkaSource(self.config, [topic], group, self.metrics, ends=True)
 
     def restarted(self, source: Source, topic: str, group: str) -> KafkaSource:
         source.close()

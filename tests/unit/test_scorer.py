@@ -9,7 +9,7 @@ from stream_scorer.core import intake
 from stream_scorer.core import metric_names as names
 from stream_scorer.core.codec import encode_request
 from stream_scorer.core.deadline import Deadline
-from stream_scorer.core.errors import FatalError
+from stream_scorer.core.errors import CommitRefused, FatalError
 from stream_scorer.core.messages import ScoreMessage
 from stream_scorer.core.output import OutputPolicy
 from stream_scorer.core.records import TopicPartition
@@ -313,6 +313,29 @@ def test_run_says_when_it_could_not_drain() -> None:
     with pytest.raises(FatalError, match="not acknowledged in time"):
         made.scorer.run(stop)
     assert made.source.committed == {}
+
+
+def test_run_says_when_the_last_commit_was_refused() -> None:
+    made = world(requests(1))
+    made.source.fence = True
+    made.until_idle()
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(CommitRefused, match="ILLEGAL_GENERATION"):
+        made.scorer.run(stop)
+    assert ids(made) == ["r0"]
+
+
+def test_a_commit_refused_while_partitions_go_is_no_reason_to_go_back() -> None:
+    made = world(requests(1))
+    made.scorer.step()
+    made.scorer.step()
+    made.source.fence = True
+    made.scorer.on_revoke([P0])
+    assert ids(made) == ["r0"]
+    assert made.scorer._rewound == {}
+    made.source.fence = False
+    assert made.scorer.drain(Deadline.after(1.0, made.clock.monotonic_s))
 
 
 def test_what_waits_at_the_end_is_left_to_the_next_one() -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 from safetensors.numpy import load_file, save_file
 
 from esmm.batch import Kind, StepStats
 from stream_scorer.core import metric_names as names
 from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.drift import DriftPolicy
-from stream_scorer.core.errors import ConfigurationError, FatalError, ModelRefused
+from stream_scorer.core.errors import CommitRefused, ConfigurationError, FatalError, ModelRefused
 from stream_scorer.core.gate import GatePolicy
 from stream_scorer.core.gate_rows import identity
+from stream_scorer.core.records import TopicPartition
+from stream_scorer.trainer.loop import NO_CHECKPOINT
 from tests.fakes import LOST, REVOKE, FakeSink, Item
 from tests.trainer_kit import POLICY, START_MS, Market, TinyLearner, TrainerWorld, TwoTopicSource
 
@@ -361,13 +365,85 @@ def test_a_commit_that_is_fenced_loses_nothing(tmp_path: Path) -> None:
     Market(requests=50).fill(world.source)
     world.until_idle()
     world.source.fence = True
-    assert drained(world)
+    assert not drained(world)
     seen = world.trainer.stats().served
     world.source.fence = False
     world.restart()
     world.until_idle()
     drained(world)
     assert world.trainer.stats().served == seen == 50  # the checkpoint's offsets count, not the group's
+
+
+def test_a_refused_final_commit_is_an_error_unless_it_is_taken_in_the_end(tmp_path: Path) -> None:
+    world = TrainerWorld(tmp_path)
+    Market(requests=50).fill(world.source)
+    world.until_idle()
+    world.source.fence = True
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(CommitRefused, match="ILLEGAL_GENERATION"):
+        world.trainer.run(stop)
+    assert len(list((tmp_path / "checkpoints").glob("0*"))) == 1
+    world.source.fence = False
+    assert drained(world)  # nothing new to save, but the offsets are offered again
+    assert sum(world.source.committed.values()) == sum(len(log) for log in world.source.log.values())
+
+
+def test_without_its_checkpoint_it_reads_from_the_start_and_says_so(tmp_path: Path) -> None:
+    world = TrainerWorld(tmp_path)
+    Market(requests=50).fill(world.source)
+    world.until_idle()
+    drained(world)
+    assert sum(world.source.committed.values()) > 50
+    shutil.rmtree(tmp_path / "checkpoints")
+    world.restart()
+    with structlog.testing.capture_logs() as logs:
+        world.until_idle()
+    assert world.trainer._tally.served == 50
+    said = [entry for entry in logs if entry.get("event_name") == NO_CHECKPOINT]
+    assert len(said) == 1
+    assert said[0]["log_level"] == "warning"
+    assert set(said[0]["committed"]) == {"served/0", "served/1", "feedback/0", "feedback/1"}
+
+
+def test_without_its_checkpoint_it_goes_on_where_it_was_told_not_to_go_back(tmp_path: Path) -> None:
+    world = TrainerWorld(tmp_path, policy=replace(POLICY, rewind=False))
+    Market(requests=50).fill(world.source)
+    world.until_idle()
+    drained(world)
+    shutil.rmtree(tmp_path / "checkpoints")
+    world.restart()
+    Market(requests=10, name="more", start_ms=START_MS + 5_000).fill(world.source)
+    with structlog.testing.capture_logs() as logs:
+        world.until_idle()
+    assert world.trainer._tally.served == 10
+    assert any(entry.get("event_name") == NO_CHECKPOINT for entry in logs)
+
+
+def test_a_first_start_warns_of_nothing(tmp_path: Path) -> None:
+    world = TrainerWorld(tmp_path)
+    Market(requests=5).fill(world.source)
+    with structlog.testing.capture_logs() as logs:
+        world.until_idle()
+    assert not [entry for entry in logs if entry["log_level"] == "warning"]
+
+
+def test_a_partition_that_the_checkpoint_does_not_have_is_read_from_its_start(tmp_path: Path) -> None:
+    world = TrainerWorld(tmp_path)
+    Market(requests=50).fill(world.source)
+    world.until_idle()
+    drained(world)
+    state = max((tmp_path / "checkpoints").rglob("state.json"))
+    text = json.loads(state.read_text())
+    text["offsets"] = [row for row in text["offsets"] if row[:2] != ["feedback", 1]]
+    world.restart()
+    world.trainer._next = {TopicPartition(t, n): at for t, n, at in text["offsets"]}
+    world.trainer._started = True
+    world.source.subscribe(world.trainer)
+    world.trainer.step()
+    world.until_idle()
+    assert world.trainer._tally.served == 0
+    assert world.trainer._tally.feedback == len(world.source.log[TopicPartition("feedback", 1)])
 
 
 def test_a_torn_checkpoint_is_refused_and_the_one_before_is_used(tmp_path: Path) -> None:
