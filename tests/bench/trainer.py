@@ -171,6 +171,12 @@ class MemorySource:
     def lag(self) -> int:
         return len(self._records) - self._at
 
+    def positions(self) -> Mapping[TopicPartition, int]:
+        return {}
+
+    def ended(self) -> set[TopicPartition]:
+        return {TopicPartition(t, p) for t in ("served", "feedback") for p in range(PARTITIONS)} if self.done else set()
+
     def close(self) -> None: ...
 
 
