@@ -122,7 +122,7 @@ class FeatureStore(Protocol):
     """Features by id."""
 
     def fetch(self, users: Sequence[str], items: Sequence[str], now_ms: int, deadline: Deadline) -> Fetched:
-        """Rows for the users of R requests and the items of B rows, repeats allowed; an outage never raises (degraded)."""
+        """Features of R requests' users and B rows' items, repeats allowed; an outage never raises (degraded)."""
         ...
 
 

@@ -10,7 +10,7 @@ Shapes: C slots, B rows of a batch, I different items of it, K of them written, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count, repeat
 from typing import NamedTuple
 
@@ -96,6 +96,15 @@ class ItemCache:
         if self._capacity == 0:
             return np.zeros(len(slot_I), np.bool_)
         return (slot_I >= 0) & ~self._missing_C[slot_I] & (now_s - self._fetched_s_C[slot_I] <= limit_s)
+
+    def expire(self, items: Iterable[str]) -> None:
+        """These were written: what is held of them is to be asked for again. Their slots and generations stay."""
+        slot_N = np.array([self._slot_of.get(item, NONE) for item in items], np.int64)
+        self._expires_s_C[slot_N[slot_N >= 0]] = -np.inf
+
+    def expire_all(self) -> None:
+        """Any item may have been written."""
+        self._expires_s_C[:] = -np.inf
 
     def rows(self, slot_K: Int64) -> FeatureBlock:
         """Copies of the rows in these slots."""

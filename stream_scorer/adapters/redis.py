@@ -14,6 +14,7 @@ from esmm.batch import Bool, FeatureBlock, Int64, SourceLayout, zero_block
 from stream_scorer.adapters.feature_cache import NONE, ItemCache
 from stream_scorer.adapters.feature_writer import FeatureWriter, check_meta, read_meta
 from stream_scorer.adapters.redis_link import RedisConfig, RedisLink
+from stream_scorer.adapters.redis_tracking import Invalidations
 from stream_scorer.core.assemble import first_seen
 from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.metric_names import FEATURE_CACHE, FEATURES_MISSING
@@ -44,11 +45,23 @@ class RedisFeatures:
         self._defaults = {kind: zero_block(layout, 1) for kind, layout in layouts.items()} | dict(defaults or {})
         self._cache = ItemCache(layouts["item"], config.cache_items, config.cache_ttl_s)
         self._tags = {kind: key_prefixes(kind, config) for kind in layouts}
+        self._item_keys = f"{config.prefix}:{{i"
+        self._changes: Invalidations | None = None
         self._no_fetch = {kind: layout.id_width + layout.dense_width == 0 for kind, layout in layouts.items()}
 
     def verify(self) -> None:
         """`ConfigurationError` when Redis cannot be reached, or its features have another schema or bucket count."""
         check_meta(self._config, read_meta(self._config), self._layouts)
+
+    def track(self) -> None:
+        """Have the server tell which items are written, where it does; call once, before the first fetch."""
+        self._changes = Invalidations(self._config, self._item_keys)
+        self._changes.start()
+
+    @property
+    def tracking(self) -> bool:
+        """Whether cached items are asked for again as soon as they are written."""
+        return self._changes is not None and self._changes.tracking
 
     @property
     def available(self) -> bool:
@@ -58,6 +71,7 @@ class RedisFeatures:
     def fetch(self, users: Sequence[str], items: Sequence[str], now_ms: int, deadline: Deadline) -> Fetched:
         """See `stream_scorer.ports.FeatureStore`."""
         now_s = now_ms / 1000.0
+        self._forget_changed()
         users, user_of_R = first_seen(users)
         slot_I, first_I, item_of_B = self._cache.find(items)
         fresh_I = self._cache.fresh(slot_I, now_s) | self._no_fetch["item"]
@@ -79,6 +93,18 @@ class RedisFeatures:
             user_of_R,
             item_of_B,
         )
+
+    def _forget_changed(self) -> None:
+        """Before a batch looks items up. A write that races with its fetch is told, and forgotten, by the next."""
+        if self._changes is None:
+            return
+        keys = self._changes.take()
+        if keys is None:
+            self._cache.expire_all()
+        elif keys:
+            start = len(self._item_keys.encode())
+            self._cache.expire(key[start:].partition(b"}:")[2].decode(errors="replace") for key in keys)
+            self._count_cache_outcome("changed", len(keys))
 
     def _get(self, users: Sequence[str], items: Sequence[str], deadline: Deadline) -> list[bytes | None] | None:
         if not users and not items:
@@ -159,6 +185,8 @@ class RedisFeatures:
 
     def close(self) -> None:
         """Hang up."""
+        if self._changes is not None:
+            self._changes.close()
         self._link.close()
 
 

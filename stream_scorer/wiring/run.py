@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 import threading
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -30,14 +28,13 @@ from stream_scorer.hotswap import Mailbox, Watcher
 from stream_scorer.scorer import Scorer, ScorerPorts
 from stream_scorer.settings import Settings
 from stream_scorer.trainer import Trainer, TrainerPorts
-from stream_scorer.wiring import build, connect
+from stream_scorer.wiring import build, connect, runtime
 from stream_scorer.wiring.pretrain import start_from_live
 from stream_scorer.wiring.processes import Child
 from stream_scorer.wiring.status import StatusLines
 
 _log = structlog.get_logger("stream_scorer")
 CLOSE_S = 10.0
-SWITCH_S = 1e-4  # the compute thread takes the interpreter lock after each torch operation: it must not wait 5 ms
 
 
 def run_score(settings: Settings, config: Path | None, workers: int, stop: threading.Event, status: bool) -> int:
@@ -52,6 +49,8 @@ def run_score(settings: Settings, config: Path | None, workers: int, stop: threa
     kafka = connect.kafka_config(settings)
     features = RedisFeatures(connect.redis_config(settings), connect.entity_layouts(schema), metrics)
     features.verify()
+    if settings.redis.tracking:
+        features.track()
     mailbox = Mailbox()
     watcher = Watcher(
         DirectoryStore(Path(settings.model.store)),
@@ -73,9 +72,7 @@ def run_score(settings: Settings, config: Path | None, workers: int, stop: threa
         stack.callback(source.close)
         _serve_http(settings, stack, metrics, lambda: scorer.hold)
         stack.enter_context(StatusLines(status, "scorer", lambda: _scorer_status(scorer)))
-        sys.setswitchinterval(SWITCH_S)
-        gc.collect()
-        gc.freeze()  # what is here now stays: a full collection would walk all of torch, in the middle of a batch
+        runtime.settle()
         scorer.run(stop)
     stats = scorer.stats()
     typer.echo(

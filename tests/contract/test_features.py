@@ -385,3 +385,70 @@ def test_keys_of_one_bucket_share_a_slot_of_the_cluster(cluster: RedisServer) ->
     client.close()
     assert len(slots) == len({key.split("}")[0] for key in keys}) == 4
     bench.close()
+
+
+def tracked(server: RedisServer, **settings: object) -> Bench:
+    bench = Bench(server, cache_ttl_s=3_600.0, **settings)
+    bench.store.track()
+    wait_until(lambda: bench.store.tracking, "tracking")
+    return bench
+
+
+def test_a_cached_item_is_asked_for_again_as_soon_as_it_is_written(server: RedisServer) -> None:
+    bench = tracked(server, prefix="a}:b")
+    bench.write(["i1", "i2", "ü"])
+    before = bench.store.fetch([], ["i1", "i2", "ü"], NOW_MS, soon()).items
+    bench.write(["i2", "ü"], seed=7)
+    wait_until(lambda: bench.store.fetch([], ["i2"], NOW_MS, soon()).items.event_ms_N.tolist() == [NOW_MS], "i2")
+    wanted = block(ITEM, 7, 2)
+
+    def now_new() -> bool:
+        found = bench.store.fetch([], ["i1", "i2", "ü"], NOW_MS, soon()).items
+        np.testing.assert_array_equal(found.block.ids_NS[0], before.block.ids_NS[0])
+        return bool((found.block.ids_NS[1:] == wanted.ids_NS).all())
+
+    wait_until(now_new, "the new rows")
+    assert bench.metrics.count(FEATURE_CACHE, "changed") >= 2
+    bench.close()
+
+
+def test_an_item_that_was_not_there_is_found_as_soon_as_it_is_written(server: RedisServer) -> None:
+    bench = tracked(server)
+    assert bench.store.fetch([], ["new"], NOW_MS, soon()).items.missing_N.tolist() == [True]
+    bench.write(["new"])
+    wait_until(lambda: not bench.store.fetch([], ["new"], NOW_MS, soon()).items.missing_N[0], "new")
+    bench.close()
+
+
+def test_when_the_connection_was_gone_everything_is_asked_for_again(server: RedisServer) -> None:
+    bench = tracked(server)
+    bench.write(["i1"])
+    bench.store.fetch([], ["i1"], NOW_MS, soon())
+    client = Redis.from_url(server.url)
+    listening = [one for one in client.client_list() if one["sub"] == "1"]
+    assert len(listening) == 1
+    client.client_kill_filter(_id=listening[0]["id"])
+    wait_until(lambda: not bench.store.tracking, "the loss")
+    bench.write(["i1"], seed=9)  # nobody hears of it
+    wanted = block(ITEM, 9).ids_NS
+    wait_until(
+        lambda: bool((bench.store.fetch([], ["i1"], NOW_MS, soon()).items.block.ids_NS == wanted).all()), "the new row"
+    )
+    client.close()
+    bench.close()
+
+
+def test_a_server_that_refuses_tracking_is_used_without(server: RedisServer) -> None:
+    client = Redis.from_url(server.url)
+    client.execute_command("ACL SETUSER quiet on >word ~* &* +@all -client|tracking")
+    bench = Bench(server)
+    bench.write(["i1"])
+    limited = RedisConfig(server.url.replace("redis://", "redis://quiet:word@"), budget_s=2.0)
+    store = RedisFeatures(limited, LAYOUTS, FakeMetrics())
+    store.track()
+    assert not store.fetch([], ["i1"], NOW_MS, soon()).items.missing_N[0]
+    assert not store.tracking
+    store.close()
+    client.execute_command("ACL DELUSER quiet")
+    client.close()
+    bench.close()
