@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from stream_scorer.embedded.ali_ccp import ALI_CCP_TOML, ali_ccp
+from stream_scorer.embedded.criteo_attribution import CRITEO_ATTRIBUTION_TOML, criteo_attribution
+from stream_scorer.embedded.criteo_conversions import CRITEO_CONVERSIONS_TOML, criteo_conversions
 from stream_scorer.embedded.open_bandit import OPEN_BANDIT_TOML, open_bandit
 from stream_scorer.embedded.replay import Layouts, Replay, ReplayOptions
 from stream_scorer.embedded.taobao import TAOBAO_TOML, taobao
@@ -23,4 +26,7 @@ class Dataset(NamedTuple):
 DATASETS: dict[str, Dataset] = {
     "taobao": Dataset(TAOBAO_TOML, taobao),
     "open-bandit": Dataset(OPEN_BANDIT_TOML, open_bandit),
+    "criteo-conversions": Dataset(CRITEO_CONVERSIONS_TOML, criteo_conversions),
+    "criteo-attribution": Dataset(CRITEO_ATTRIBUTION_TOML, criteo_attribution),
+    "ali-ccp": Dataset(ALI_CCP_TOML, ali_ccp),
 }

@@ -23,6 +23,7 @@ from stream_scorer.core.errors import ConfigurationError
 from stream_scorer.core.messages import Feedback, ScoreRequest
 
 PROGRESS_ROWS = 1_000
+NAMED_LINES = 10  # of each kind of dirt
 
 
 class FeatureUpdate(NamedTuple):
@@ -79,7 +80,9 @@ class ReplayReport:
 
     rows: int = 0
     dirty: Counter[str] = field(default_factory=Counter)  # rows not used, by reason
+    dirty_lines: dict[str, list[int]] = field(default_factory=dict)  # the numbers of the first of them, by reason
     sorted_in_memory: bool = False
+    sorted_on_disk: bool = False
     requests: int = 0
     impressions: int = 0
     clicks: int = 0
@@ -88,6 +91,13 @@ class ReplayReport:
     unattributed: int = 0  # clicks and conversions of something not shown before, or a second time
     first_ms: int = 0
     last_ms: int = 0
+
+    def leave_out(self, reason: str, number: int) -> None:
+        """Line ``number`` (from 1) cannot be used."""
+        self.dirty[reason] += 1
+        first = self.dirty_lines.setdefault(reason, [])
+        if len(first) < NAMED_LINES:
+            first.append(number)
 
     def fields(self) -> dict[str, Any]:
         """Plain data for JSON."""
