@@ -1,0 +1,24 @@
+"""The process, set up for the loop."""
+
+import gc
+import sys
+
+from stream_scorer.wiring import runtime
+
+
+def test_what_was_built_before_the_loop_is_not_collected_again() -> None:
+    before, switch = gc.get_freeze_count(), sys.getswitchinterval()
+    kept = [{at: [at]} for at in range(1_000)]
+    try:
+        runtime.settle()
+        assert gc.get_freeze_count() >= before + len(kept)
+        assert sys.getswitchinterval() <= 2 * runtime.SWITCH_S
+    finally:
+        gc.unfreeze()
+        sys.setswitchinterval(switch)
+    assert gc.get_freeze_count() == 0
+
+
+def test_glibc_takes_both_thresholds() -> None:
+    glibc = sys.platform.startswith("linux") and hasattr(__import__("os"), "confstr")
+    assert runtime.keep_freed_memory() is glibc
