@@ -17,7 +17,7 @@ import numpy as np
 
 from stream_scorer.core.errors import ConfigurationError
 from stream_scorer.core.messages import ContextValue
-from stream_scorer.embedded.ali_ccp_common import CommonFeatures, Features, parse_features
+from stream_scorer.embedded.ali_ccp_shared import CommonFeatures, Features, parse_features
 from stream_scorer.embedded.labelled import LabelledReplay, Line, Problem, Row, Values, dense, sparse, usable
 from stream_scorer.embedded.replay import (
     PROGRESS_ROWS,
