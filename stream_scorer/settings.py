@@ -83,6 +83,7 @@ class ScorerSettings(_Section):
 
     max_rows: int = Field(10_000, ge=1, description="candidate rows a batch")
     linger_ms: float = Field(2.0, ge=0, description="how long a batch waits for more after its first request")
+    target_ms: float = Field(0.0, ge=0, description="keep 95 batches of 100 within this, by their size; 0: off")
     max_items: int = Field(2_000, ge=1, description="more candidates than this in one request is a reject")
     max_bytes: int = Field(1_000_000, ge=1, description="a longer request is a reject")
     served: bool = Field(True, description="publish what was served, for the trainer")

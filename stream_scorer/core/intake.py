@@ -41,6 +41,10 @@ class Intake:
         """Arrivals waiting."""
         return len(self._waiting)
 
+    def limit(self, max_rows: int) -> None:
+        """From now on a batch has at most ``max_rows`` rows."""
+        self._max_rows = max_rows
+
     @property
     def room(self) -> int:
         """How many records to read next: at least 1, so that the source is always polled."""

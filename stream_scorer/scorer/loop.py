@@ -19,6 +19,7 @@ from stream_scorer.core.errors import CommitRefused, FatalError
 from stream_scorer.core.intake import Intake
 from stream_scorer.core.ledger import Ledger
 from stream_scorer.core.messages import ScoreRequest
+from stream_scorer.core.pace import Pace
 from stream_scorer.core.records import Fetched, Record, TopicPartition
 from stream_scorer.core.rejects import Reject, StormBreaker
 from stream_scorer.core.scorer_stats import Hold, ScorerStats, Tally
@@ -41,6 +42,7 @@ class Scorer:
         self._policy = policy
         self._ledger = Ledger()
         self._intake = Intake(policy.limits, policy.max_rows, policy.max_records)
+        self._pace = Pace(policy.max_rows, policy.target_s)
         self._breaker = StormBreaker(policy.storm)
         self._tally = Tally()
         self._predictor: Predictor | None = None
@@ -131,6 +133,7 @@ class Scorer:
         """Poll and decode. While something is in flight or waiting the poll does not wait for a first record."""
         busy = self._flying is not None or (len(self._intake) > 0 and self._retry_at_s is None)
         wait_s = 0.0 if busy else self._policy.idle_wait_s
+        asked_s = self._ports.clock.monotonic_s()
         records = self._ports.source.poll(self._intake.room, wait_s, self._policy.linger_s)
         if self._rewound:  # a revoke inside this poll sent us back: what it returned of these partitions comes again
             self._ports.source.seek(self._rewound)
@@ -139,7 +142,7 @@ class Scorer:
         records = [record for record in records if self._ledger.admit(record)]
         if not records:
             return
-        started = self._ports.clock.monotonic_s()
+        started = timed(self._ports, "read", asked_s)
         rejects = self._intake.add(records)
         self._tally.requests += len(records)
         self._ports.metrics.inc(names.REQUESTS, len(records))
@@ -188,7 +191,7 @@ class Scorer:
         batch = assemble(requests, batch_plan, fetched, self._policy.limits.context)
         pending = predictor.launch(batch)
         launched_s = timed(self._ports, "assemble", fetched_s)
-        return Work(requests, records, batch_plan, fetched, batch, predictor, pending, launched_s)
+        return Work(requests, records, batch_plan, fetched, batch, predictor, pending, planned_s, launched_s)
 
     def _accept(self, fetched: Fetched, now_s: float) -> bool:
         """Whether to score with what the feature store gave; it may have been out of reach."""
@@ -215,6 +218,11 @@ class Scorer:
 
     def _finish(self, flight: Flight) -> None:
         unscorable = self._publisher.publish(flight)
+        if flight.work is not None:
+            began_s = flight.work.planned_s
+            self._pace.took(flight.work.plan.rows, timed(self._ports, "batch", began_s) - began_s)
+            self._intake.limit(self._pace.rows)
+            self._ports.metrics.set(names.BATCH_LIMIT, self._pace.rows)
         if unscorable:
             self._watch_storm(0, unscorable, self._ports.clock.monotonic_s())
 

@@ -32,6 +32,7 @@ class Work(NamedTuple):
     batch: RankBatch
     predictor: Predictor
     pending: Any
+    planned_s: float
     launched_s: float
 
 

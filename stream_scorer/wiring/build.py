@@ -131,6 +131,7 @@ def scorer_policy(settings: Settings, schema: FeatureSchema) -> ScorerPolicy:
         output=output,
         max_rows=scorer.max_rows,
         linger_s=scorer.linger_ms / 1000,
+        target_s=scorer.target_ms / 1000,
         fetch_budget_s=settings.redis.budget_ms / 1000,
         on_outage=settings.redis.on_outage,
         storm=StormPolicy(scorer.reject_storm_share, scorer.reject_storm_window),

@@ -12,7 +12,7 @@ from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.errors import CommitRefused, FatalError
 from stream_scorer.core.messages import ScoreMessage
 from stream_scorer.core.output import OutputPolicy
-from stream_scorer.core.records import TopicPartition
+from stream_scorer.core.records import Fetched, TopicPartition
 from stream_scorer.core.rejects import StormPolicy
 from tests.builders import ITEM, LAYOUT, NOW_MS, USER, request, request_bytes
 from tests.drive import World, drive, world
@@ -556,3 +556,20 @@ def test_a_scorer_that_swaps_often_leaves_no_predictor_open():
         made.mailbox.put(predictor)
         made.scorer.step()
     assert [one.closed for one in predictors] == [True] * 5 + [False] * 2
+
+
+def test_batches_shrink_where_a_target_binds(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = world(requests(200, items=[f"i{at}" for at in range(50)]), max_rows=1_000, target_s=0.5)
+    fetch, sizes = made.features.fetch, []
+
+    def slow(users: list[str], items: list[str], now_ms: int, deadline: Deadline) -> Fetched:
+        sizes.append(len(items))
+        made.clock.advance(0.002 * len(items))
+        return fetch(users, items, now_ms, deadline)
+
+    monkeypatch.setattr(made.features, "fetch", slow)
+    made.finish()
+    assert len(made.scores) == 200
+    assert max(sizes) > 500, "before the first one was seen to take too long"
+    assert all(100 <= size <= 300 for size in sizes[-10:-1])
+    assert made.metrics.gauges["batch_rows_limit",] <= 300
