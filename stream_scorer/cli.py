@@ -23,6 +23,7 @@ from stream_scorer.wiring.logs import configure_logs
 from stream_scorer.wiring.processes import die_with_parent
 
 FAILURE, USAGE, CONFIGURATION = 1, 2, 78
+DATASET_NAMES = "taobao, open-bandit, criteo-conversions, criteo-attribution or ali-ccp"  # a test holds it true
 # typer carries a click of its own, whose root of usage errors it does not export
 USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
@@ -130,21 +131,29 @@ def train(config: Config = None, print_config: PrintConfig = False, status_json:
     raise typer.Exit(run_train(settings, _stop_on_signals(), status_json))
 
 
-@app.command(epilog="Example: stream-scorer pretrain impressions.parquet --config stream-scorer.toml")
+@app.command(
+    epilog="Example: stream-scorer pretrain impressions.parquet --config stream-scorer.toml, "
+    "or: stream-scorer pretrain data.txt.gz --dataset criteo-conversions --limit 1000000"
+)
 def pretrain(
     file: Annotated[
-        Path, typer.Argument(help="A .parquet file: a column a feature, click, conversion (0 or 1), maybe time.")
+        Path,
+        typer.Argument(
+            help="A .parquet file: a column a feature, click, conversion (0 or 1), maybe time; with --dataset, the log."
+        ),
     ],
     config: Config = None,
     epochs: Annotated[int, typer.Option(min=1, help="At most this many passes over the file.")] = 20,
     patience: Annotated[int, typer.Option(min=1, help="Stop after this many epochs without a lower log loss.")] = 2,
     held_out: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the rows to judge on.")] = 0.1,
+    dataset: Annotated[str | None, typer.Option(help=f"The file is a public log: {DATASET_NAMES}.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Stop after this many rows of the log; 0 is all.")] = 0,
 ) -> None:
     """Learn from matured impressions and publish a first version; `train` goes on from it."""
     settings = _settings(config)
     from stream_scorer.wiring.pretrain import PretrainOptions, run_pretrain
 
-    raise typer.Exit(run_pretrain(settings, PretrainOptions(file, epochs, patience, held_out)))
+    raise typer.Exit(run_pretrain(settings, PretrainOptions(file, epochs, patience, held_out, dataset, limit)))
 
 
 @app.command(epilog="Example: stream-scorer simulate --config stream-scorer.toml --rate 50 --duration 60")
@@ -164,10 +173,15 @@ def simulate(
     raise typer.Exit(run_simulate(settings, rate, seed, duration, _stop_on_signals(), status_json))
 
 
-@app.command(epilog="Example: stream-scorer replay taobao UserBehavior.csv.gz --speed 60 --config stream-scorer.toml")
+@app.command(
+    epilog="Example: stream-scorer replay taobao UserBehavior.csv.gz --speed 60 --config stream-scorer.toml, "
+    "or: stream-scorer replay criteo-conversions data.txt --limit 100000, "
+    "or: stream-scorer replay criteo-attribution criteo_attribution_dataset.tsv.gz, "
+    "or: stream-scorer replay ali-ccp sample_skeleton_train.csv (common_features_train.csv beside it)"
+)
 def replay(
-    dataset: Annotated[str, typer.Argument(help="taobao or open-bandit.")],
-    path: Annotated[Path, typer.Argument(help="The log file (taobao) or directory (open-bandit).")],
+    dataset: Annotated[str, typer.Argument(help=f"{DATASET_NAMES}.")],
+    path: Annotated[Path, typer.Argument(help="The log file, plain or gzipped (open-bandit: its directory).")],
     config: Config = None,
     speed: Annotated[float, typer.Option(help="Log seconds a second; 0 is as fast as it goes.")] = 0.0,
     limit: Annotated[int, typer.Option(help="Stop after this many log rows; 0 is all.")] = 0,

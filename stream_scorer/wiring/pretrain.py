@@ -1,6 +1,6 @@
-"""``pretrain``: a table of matured impressions into the model store's first version.
+"""``pretrain``: a table of matured impressions, or a public log, into the model store's first version.
 
-The file has a column a feature, by the schema's names, and ``click`` and ``conversion`` of 0 and 1 as they are when the
+A table has a column a feature, by the schema's names, and ``click`` and ``conversion`` of 0 and 1 as they are when the
 attribution window is over; with a column ``time`` rows are put into its order. The last rows are held back: an epoch
 that does not lower their log loss, CTR's plus CTCVR's, counts towards stopping. The best epoch's weights are published.
 """
@@ -27,9 +27,12 @@ from stream_scorer import __version__
 from stream_scorer.adapters.clock import SystemClock
 from stream_scorer.adapters.model_store import DirectoryStore
 from stream_scorer.core.errors import ConfigurationError, FatalError, ModelRefused
+from stream_scorer.embedded.replay import ReplayOptions
 from stream_scorer.settings import Settings
 from stream_scorer.wiring import build, connect
 from stream_scorer.wiring.load import Table, block_of
+from stream_scorer.wiring.logged import Windows, read_log
+from stream_scorer.wiring.replay import dirt_text
 
 _log = structlog.get_logger("stream_scorer.trainer")
 CHUNK = 20_000
@@ -44,6 +47,8 @@ class PretrainOptions:
     epochs: int = 20
     patience: int = 2
     held_out: float = 0.1
+    dataset: str | None = None  # of the public log that the file is; None: a table
+    limit: int = 0  # rows of the log to read, 0: all
 
 
 class Judged(NamedTuple):
@@ -58,7 +63,7 @@ def run_pretrain(settings: Settings, options: PretrainOptions) -> int:
     """Read, learn, publish; 0 when a version was published and promoted."""
     schema = connect.load_schema(settings)
     store = DirectoryStore(Path(settings.model.store))
-    rows = read_matured(options.file, schema)
+    rows = _rows(settings, options, schema)
     split = round(rows.rows * (1 - options.held_out))
     if not 0 < split < rows.rows:
         raise ConfigurationError(f"{options.file}: {rows.rows} rows are too few to hold back {options.held_out:g}")
@@ -76,6 +81,25 @@ def run_pretrain(settings: Settings, options: PretrainOptions) -> int:
     version = store.publish(lambda path, number: learner.export(path, {**manifest, "version": number}))
     typer.echo(f"version {version} published: epoch {epoch}, {_text(best)}")
     return 0
+
+
+def _rows(settings: Settings, options: PretrainOptions, schema: FeatureSchema) -> Examples:
+    """The table's rows or the log's impressions, in time order."""
+    if options.dataset is None:
+        return read_matured(options.file, schema)
+    with tqdm(total=100, unit="%", desc=f"read {options.dataset}", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(rows: int, share: float) -> None:
+            bar.n = round(share * 100, 1)
+            bar.set_postfix_str(f"{rows} rows")
+
+        replay = ReplayOptions(limit=options.limit, progress=progress)
+        rows, report = read_log(options.dataset, options.file, schema, Windows.of(settings), replay)
+    typer.echo(
+        f"{report.rows} log rows, {report.impressions} impressions, of which {rows.rows} have final labels: "
+        f"{int(rows.click_B.sum())} clicks, {int(rows.conversion_B.sum())} conversions{dirt_text(report)}"
+    )
+    return rows
 
 
 def start_from_live(learner: Learner, store: DirectoryStore, schema: FeatureSchema) -> int | None:

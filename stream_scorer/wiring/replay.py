@@ -32,7 +32,7 @@ from stream_scorer.core.packed import Entity
 from stream_scorer.core.records import OutRecord
 from stream_scorer.embedded.datasets import DATASETS
 from stream_scorer.embedded.plan import Joined
-from stream_scorer.embedded.replay import FeatureUpdate, InFlight, Layouts, Replay, ReplayOptions, Request
+from stream_scorer.embedded.replay import FeatureUpdate, InFlight, Layouts, Replay, ReplayOptions, ReplayReport, Request
 from stream_scorer.settings import Settings
 from stream_scorer.wiring import connect
 
@@ -114,17 +114,26 @@ def _report(command: ReplayCommand, replay: Replay, account: Account, elapsed_s:
         "seconds": round(elapsed_s, 3),
         "log": replay.report.fields(),
     }
-    dirty = sum(replay.report.dirty.values())
     typer.echo(
-        f"{replay.report.rows} log rows ({dirty} dirty, left out), {account.requests} requests, "
+        f"{replay.report.rows} log rows, {account.requests} requests, "
         f"{account.scored} scored, "
         f"{lost} lost, {account.duplicates} duplicates, {account.feedback} feedback events, "
-        f"{account.requests / max(elapsed_s, 1e-9):.0f} requests/s",
+        f"{account.requests / max(elapsed_s, 1e-9):.0f} requests/s{dirt_text(replay.report)}",
         err=command.as_json,
     )
     if command.as_json:
         typer.echo(orjson.dumps(fields).decode())
     return 0 if lost == 0 and account.duplicates == 0 else 1
+
+
+def dirt_text(report: ReplayReport) -> str:
+    """What of a log could not be used, with the first line numbers where they are known; empty when all could."""
+    kinds = []
+    for reason, count in sorted(report.dirty.items()):
+        lines = report.dirty_lines.get(reason, [])
+        more = ", ..." if count > len(lines) else ""
+        kinds.append(f"{count} {reason}" + (f" (lines {', '.join(map(str, lines))}{more})" if lines else ""))
+    return f"; {sum(report.dirty.values())} dirty, left out: {'; '.join(kinds)}" if kinds else ""
 
 
 class _Driver:
