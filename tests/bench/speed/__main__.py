@@ -9,6 +9,7 @@ warm-up left out. Only ratios within one run count: the machine is rarely alone.
     python -m tests.bench.speed --latency          open loop at shares of the maximum
     python -m tests.bench.speed --sweep            candidates a request, catalogue sizes, popularity, cache on and off
     python -m tests.bench.speed --served           what publishing `served` costs
+    python -m tests.bench.speed --soak 10          memory over ten minutes, at --rate candidates a second
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import platform
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch
 
 from esmm.predictor.precision import processor_flags, supports_bfloat16
 from tests.bench.predictor import processor
-from tests.bench.speed import latency, limits, measure, report, sweeps
+from tests.bench.speed import latency, limits, measure, report, soak, sweeps
 from tests.bench.speed.contenders import Contender, ours, standard
 from tests.bench.speed.world import ROOT, Workload, World, peers_python, world
 
@@ -46,6 +48,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--served", action="store_true", help="also with `served` published, top 50 and top 10")
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES")
+    parser.add_argument("--rate", type=float, default=100_000, help="candidates a second of --soak")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a [scorer] setting of ours")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench" / "speed.json")
     return parser.parse_args()
@@ -124,7 +128,12 @@ def main() -> int:
     report.head(out)
     topics = [f"out-c{at}-{repeat}" for at in range(len(everyone)) for repeat in range(args.repeats)]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        if args.sweep:
+        if args.soak:
+            small = replace(workload, requests=1_000)
+            with world(Path(folder), small, list(soak.TOPICS)) as made:
+                out["soak"] = soak.run(made, args)
+                print(out["soak"])
+        elif args.sweep:
             out["sweep"] = sweeps.run(Path(folder), args)
         else:
             with world(Path(folder), workload, [*topics, *latency.TOPICS]) as made:
@@ -140,12 +149,20 @@ def main() -> int:
                     out["ratios"] = report.ratios(out["contenders"])
                     report.show(out)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    old = json.loads(args.json.read_text()) if args.json.exists() and (args.latency or args.sweep) else {}
-    args.json.write_text(json.dumps({**old, **out}, indent=1))
+    args.json.write_text(json.dumps(merged(args.json, out), indent=1))
     if "contenders" in out:
         args.json.with_suffix(".svg").write_text(report.svg(out))
     print(f"written: {args.json}")
     return 0
+
+
+def merged(path: Path, out: dict[str, Any]) -> dict[str, Any]:
+    """The file as it was, with this run's part of it replaced; each part says which command made it."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    part = next((name for name in ("latency", "sweep", "soak") if name in out), None)
+    if part is None:
+        return {**{name: old[name] for name in old if name.startswith(("latency", "sweep", "soak"))}, **out}
+    return {**old, part: out[part], f"{part}_command": out["command"]}
 
 
 def spread(values: list[float]) -> dict[str, float]:

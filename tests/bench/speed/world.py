@@ -103,11 +103,11 @@ class World:
     def client(self, **options: object) -> dict[str, object]:
         return {"bootstrap.servers": self.bootstrap, "log_level": 3, **options}
 
-    def create(self, *names: str) -> None:
+    def create(self, *names: str, config: dict[str, str] | None = None) -> None:
         """Topics stamped by the broker as messages are appended; those of the embedded broker exist already."""
         if not self.real:
             return
-        topics = [NewTopic(name, self.partitions, 1, config=OUTPUT_SETTINGS) for name in names]
+        topics = [NewTopic(name, self.partitions, 1, config=config or OUTPUT_SETTINGS) for name in names]
         for future in self.admin.create_topics(topics, operation_timeout=10).values():
             future.result(15)
         give_up = time.monotonic() + 15
