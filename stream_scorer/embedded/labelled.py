@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esmm.batch import FeatureBlock, SourceLayout
+from stream_scorer.core.errors import ConfigurationError
 from stream_scorer.core.messages import ContextValue, Feedback, ScoreRequest
 from stream_scorer.embedded.blocks import fill
 from stream_scorer.embedded.replay import (
@@ -155,6 +156,11 @@ class LabelledReplay:
     ahead: list[tuple[int, int, FeedbackEvent]] = field(default_factory=list)  # told when their time has come
     known: dict[tuple[str, str], int] = field(default_factory=dict)  # entity -> hash of what was written
     told: int = 0
+
+    def __post_init__(self) -> None:
+        """`ConfigurationError` for options that mean nothing here."""
+        if self.options.candidates != 1:
+            raise ConfigurationError("this log's features are those of one shown item: --candidates must be 1")
 
     def actions(self, rows: Iterable[Row]) -> Iterator[Action]:
         """Features of an entity when they are new, the request, its impression; clicks and conversions at their time.

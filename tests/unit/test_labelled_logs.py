@@ -345,6 +345,11 @@ def test_a_file_that_is_no_log_gives_one_line(tmp_path: Path, name: str, content
     assert "\n" not in str(caught.value)
 
 
+def test_further_candidates_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--candidates must be 1"):
+        opened("criteo-conversions", write(tmp_path / "data.txt", click(1)), ReplayOptions(candidates=2))
+
+
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     replay = opened("criteo-conversions", write(tmp_path / "data.txt", "".join(click(n, n + 9) for n in range(9_000))))
     funnel = replay.actions.gi_frame.f_locals["self"]  # type: ignore[attr-defined]
