@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import orjson
 from confluent_kafka import Producer, TopicPartition
 
 from tests.bench.speed import measure
-from tests.bench.speed.contenders import Contender, Running, ours
-from tests.bench.speed.world import World
+from tests.bench.speed.contenders import Running, ours
+from tests.bench.speed.world import Workload, World
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 TICK_S = 0.001
+LOW_RATE = 100.0  # requests a second of one candidate each
 TOPICS: tuple[str, ...] = ("out-max", "out-latency")
 
 
@@ -26,12 +28,15 @@ def run(world: World, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for at, share in enumerate(SHARES):
         rate = share * maximum / world.workload.candidates
-        rows.append({"share": share, **at_rate(world, ours("latency"), f"latency-{at}", rate, args)})
+        rows.append({"share": share, **at_rate(world, world.workload, f"latency-{at}", rate, args.seconds)})
         print(rows[-1], flush=True)
+    single = replace(world.workload, candidates=1)
+    rows.append({"candidates": 1, **at_rate(world, single, "latency-one", LOW_RATE, args.seconds)})
+    print(rows[-1], flush=True)
     return rows
 
 
-def at_rate(world: World, contender: Contender, name: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
+def at_rate(world: World, workload: Workload, name: str, rate: float, seconds: float) -> dict[str, Any]:
     """Latencies in milliseconds at ``rate`` requests a second.
 
     ``scheduled``: from the instant a request should have left until its scores were appended: a late sender counts
@@ -40,15 +45,15 @@ def at_rate(world: World, contender: Contender, name: str, rate: float, args: ar
     """
     source, output = f"in-{name}", f"out-{name}"
     world.create(source, output)
-    running = Running(world, contender, name, output, source)
+    running = Running(world, ours("latency"), name, output, source)
     try:
-        _send(world, source, 50, 50.0)  # until it is there, some to wake it up
+        _send(world, workload, source, 50, 50.0)  # until it is there, some to wake it up
         measure._first_output(world, world.consumer(), running, output)
-        count = int(rate * args.seconds)
-        _send(world, source, int(rate * 2), rate)
+        count = int(rate * seconds)
+        _send(world, workload, source, int(rate * 2), rate)
         time.sleep(1.0)
         mark = int(time.time() * 1000)
-        _send(world, source, count, rate)
+        _send(world, workload, source, count, rate)
         time.sleep(3.0)
         running.check()
         asked, answered = _stamps(world, source, mark), _stamps(world, output, mark)
@@ -74,10 +79,10 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
     return {name: float(np.percentile(values, at)) for name, at in names.items()} | {"max": float(values.max())}
 
 
-def _send(world: World, topic: str, count: int, rate: float) -> None:
+def _send(world: World, workload: Workload, topic: str, count: int, rate: float) -> None:
     """Send on schedule; each request's ts is the instant it should have left, in milliseconds."""
     producer = Producer(world.client(**{"linger.ms": 0, "queue.buffering.max.messages": 1_000_000}))
-    bodies = [(key, orjson.loads(value)) for key, value in world.bodies(count, seed=int(time.time()))]
+    bodies = [(key, orjson.loads(value)) for key, value in workload.bodies(count, seed=int(time.time()))]
     began = time.time()
     sent = 0
     while sent < count:

@@ -80,7 +80,7 @@ def _resident(pid: int) -> int:
 def _requests(world: World, rate: float, stop: threading.Event) -> None:
     """The same requests over and over: the scorer does not know them again."""
     producer = Producer(world.client(**{"linger.ms": 5, "queue.buffering.max.messages": 1_000_000}))
-    bodies = itertools.cycle(list(world.bodies(50_000, seed=11)))
+    bodies = itertools.cycle(list(world.workload.bodies(50_000, seed=11)))
     began, sent = time.monotonic(), 0
     while not stop.wait(0.01):
         for key, value in itertools.islice(bodies, int((time.monotonic() - began) * rate) - sent):

@@ -57,21 +57,49 @@ class Workload:
         """Users (R) and distinct items a request (R, K)."""
         rng = np.random.default_rng(seed)
         users_R = rng.integers(0, self.users, count)
+        edges = None
         if self.zipf:
             weight = 1.0 / np.arange(1, self.catalogue + 1) ** self.zipf
             edges = np.cumsum(weight / weight.sum())
-            items_RK = np.searchsorted(edges, rng.random((count, self.candidates))).clip(max=self.catalogue - 1)
-        else:
-            items_RK = rng.integers(0, self.catalogue, (count, self.candidates))
-        while True:  # a request lists an item once
-            sorted_RK = np.sort(items_RK, 1)
-            bad = np.flatnonzero((sorted_RK[:, 1:] == sorted_RK[:, :-1]).any(1))
-            if not len(bad):
-                return users_R, items_RK
-            for at in bad.tolist():
-                unique = np.unique(items_RK[at])
-                extra = np.setdiff1d(rng.integers(0, self.catalogue, 4 * self.candidates), unique)
-                items_RK[at] = rng.permutation(np.concatenate([unique, rng.permutation(extra)])[: self.candidates])
+        items_RK = np.zeros((count, self.candidates), np.int64)
+        left = np.arange(count)
+        while len(left):
+            drawn = self._draw(rng, edges, (len(left), 3 * self.candidates))
+            enough = _first_distinct(drawn, self.candidates)
+            items_RK[left[enough[1]]] = enough[0]
+            left = left[~enough[1]]
+        return users_R, items_RK
+
+    def bodies(self, count: int, seed: int = 0) -> Iterator[tuple[bytes, bytes]]:
+        """(key, message) of each request."""
+        users_R, items_RK = self.ids(count, seed)
+        names = np.array([f"i{n}" for n in range(self.catalogue)], object)
+        for at in range(count):
+            user = f"u{users_R[at]}"
+            request = {
+                "request_id": f"r{at}",
+                "user_id": user,
+                "items": names[items_RK[at]].tolist(),
+                "ts": 1_700_000_000_000,
+            }
+            yield user.encode(), orjson.dumps(request)
+
+    def _draw(self, rng: np.random.Generator, edges: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
+        if edges is None:
+            return rng.integers(0, self.catalogue, shape)
+        return np.searchsorted(edges, rng.random(shape)).clip(max=self.catalogue - 1)
+
+
+def _first_distinct(drawn_RN: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``wanted`` different values of each row that has as many (a request lists an item once), and which do."""
+    order = np.argsort(drawn_RN, 1, kind="stable")
+    by_value = np.take_along_axis(drawn_RN, order, 1)
+    first = np.ones_like(drawn_RN, np.bool_)
+    np.put_along_axis(first, order[:, 1:], by_value[:, 1:] != by_value[:, :-1], 1)
+    place = np.cumsum(first, 1)
+    enough = place[:, -1] >= wanted
+    kept = first & (place <= wanted) & enough[:, None]
+    return drawn_RN[kept].reshape(-1, wanted), enough
 
 
 class BenchKafka(KafkaServer):
@@ -184,26 +212,12 @@ class World:
         writer.close()
         peers.close()
 
-    def bodies(self, count: int, seed: int = 0) -> Iterator[tuple[bytes, bytes]]:
-        """(key, message) of each request."""
-        users_R, items_RK = self.workload.ids(count, seed)
-        names = np.array([f"i{n}" for n in range(self.workload.catalogue)], object)
-        for at in range(count):
-            user = f"u{users_R[at]}"
-            request = {
-                "request_id": f"r{at}",
-                "user_id": user,
-                "items": names[items_RK[at]].tolist(),
-                "ts": 1_700_000_000_000,
-            }
-            yield user.encode(), orjson.dumps(request)
-
     def produce(self, topic: str, count: int) -> None:
         producer = Producer(
             self.client(**{"linger.ms": 50, "compression.type": "lz4", "queue.buffering.max.messages": 1_000_000})
         )
         for start in range(0, count, 50_000):
-            for key, value in self.bodies(min(50_000, count - start), seed=start):
+            for key, value in self.workload.bodies(min(50_000, count - start), seed=start):
                 producer.produce(topic, value, key)
             producer.flush()
 
