@@ -7,7 +7,8 @@ For one candidate row with an impression at I (the earliest heard of), click C a
     LATE_CONVERSION  after a first emission with v = 0, when D <= C + attribution window is heard of; once
     MATURED          every clicked row, at C + attribution window, with y and v
 
-"At" means: as soon as the watermark is past it, so that everything up to then has been heard. As long as events come
+"At" means: as soon as the watermark is past it and the end of its tick (`JoinPolicy.tick_ms`), so that everything up
+to then has been heard. As long as events come
 within the lateness the emitted rows are the same for any arrival order. What comes later is counted by name, see
 `Outcome`. Timers fire as a function of the event sequence alone, never of how it was cut into polls.
 """
@@ -20,6 +21,7 @@ from typing import Any, Final, Literal
 
 from esmm.batch import Kind
 from stream_scorer.core.emit import Emission
+from stream_scorer.core.heard import Heard
 from stream_scorer.core.join_entry import NEVER, NONE, UNKNOWN, Entry, JoinPolicy, JoinStore, Row, Stage, keep_rows
 from stream_scorer.core.messages import Feedback
 from stream_scorer.core.records import TopicPartition
@@ -54,6 +56,7 @@ Outcome = Literal[
     "never_shown",
 ]
 _COUNTS: Final = ("held", "open_impressions", "open_clicks")
+_OPEN, _UNCLICKED, _FIRST = Stage.OPEN, Stage.UNCLICKED, Kind.FIRST  # a class attribute of an enum costs a lookup
 _KINDS: Final = ("impression", "click", "conversion")
 
 
@@ -105,7 +108,7 @@ class Joiner:
         if self._store.next_due_ms() < self.watermark.value_ms:
             self._fire()
 
-    def feedback(self, event: Feedback, partition: TopicPartition, record_ms: int) -> None:
+    def feedback(self, event: Feedback | Heard, partition: TopicPartition, record_ms: int) -> None:
         """One impression, click or conversion."""
         self._hear(event)
         self.watermark.observe(partition, event.ts, record_ms)
@@ -146,21 +149,27 @@ class Joiner:
             if row.impression_ms != NONE:
                 self._open(row)
 
-    def _hear(self, event: Feedback) -> None:
+    def _hear(self, event: Feedback | Heard) -> None:
+        item = event.item_id
         entry = self._store.get(event.request_id)
+        if event.kind == "impression" and entry is not None and entry.served is not None and item not in entry.rows:
+            place = None if entry.closed or event.ts > entry.expires_ms else _place(entry, item)
+            if place is not None:
+                self._show(event.request_id, entry, item, Row(place, event.ts))
+                return
         if entry is None:
             if self.held >= self.policy.max_held:
                 self.outcomes["held_overflow"] += 1
                 return
             self.held += 1
             entry = Entry(None, event.ts + self.policy.held_ttl_ms)
-        row = entry.rows.get(event.item_id)
+        row = entry.rows.get(item)
         if row is None:
-            index = _place(entry, event.item_id)
+            index = _place(entry, item)
             if index is None:
                 self.outcomes["after_ttl" if entry.closed else "item_not_served"] += 1
                 return
-            row = entry.rows[event.item_id] = Row(index)
+            row = entry.rows[item] = Row(index)
         if row.stage <= Stage.OPEN:
             self._note(entry, row, event.kind, event.ts)
         elif event.kind == "conversion":
@@ -171,6 +180,18 @@ class Joiner:
         else:
             self.outcomes["duplicate"] += 1
         self._keep(event.request_id, entry, row.due_ms if entry.armed_ms != NEVER else entry.next_due_ms())
+
+    def _show(self, request_id: str, entry: Entry, item: str, row: Row) -> None:
+        """What most events are: the impression of a served candidate that nothing was heard of before."""
+        row.stage = _OPEN
+        row.due_ms = due_ms = self._at_tick(row.impression_ms + self.policy.click_window_ms)
+        entry.rows[item] = row
+        self.open_impressions += 1
+        self.outcomes["impression"] += 1
+        if due_ms < entry.armed_ms:
+            entry.armed_ms = due_ms
+            self._store.arm(due_ms, request_id)
+        self._store.put(request_id, entry)
 
     def _note(self, entry: Entry, row: Row, kind: str, ts: int) -> None:
         """Before the first emission: the earliest of each kind counts, so that order does not."""
@@ -199,8 +220,12 @@ class Joiner:
     def _first_due_ms(self, row: Row) -> int:
         click_by_ms = row.impression_ms + self.policy.click_window_ms
         if row.click_ms == NONE or row.click_ms > click_by_ms:
-            return click_by_ms
-        return max(click_by_ms, row.click_ms + self.policy.observation_window_ms)
+            return self._at_tick(click_by_ms)
+        return self._at_tick(max(click_by_ms, row.click_ms + self.policy.observation_window_ms))
+
+    def _at_tick(self, due_ms: int) -> int:
+        """The next multiple of the tick; labels go by the events' own times, whenever their row is emitted."""
+        return due_ms + -due_ms % self.policy.tick_ms
 
     def _late_conversion(self, entry: Entry, row: Row, ts: int) -> None:
         """A conversion after the first emission."""
@@ -238,20 +263,41 @@ class Joiner:
             if entry is None or entry.armed_ms != due_ms:
                 continue  # a stale timer
             entry.armed_ms = NEVER
-            for item, row in list(entry.rows.items()):
-                while row.due_ms < now_ms:
-                    self._fire_row(entry, item, row)
-            if not entry.closed and entry.expires_ms < now_ms:
-                self._expire(entry)
+            next_ms = self._fire_rows(entry, now_ms)
+            if not entry.closed:
+                if entry.expires_ms < now_ms:
+                    self._expire(entry)
+                    next_ms = entry.next_due_ms()
+                else:
+                    next_ms = min(next_ms, entry.expires_ms)
             if entry.closed and not entry.rows:
                 store.delete(request_id)
             else:
-                self._keep(request_id, entry, entry.next_due_ms())
+                self._keep(request_id, entry, next_ms)
+
+    def _fire_rows(self, entry: Entry, now_ms: int) -> int:
+        """All rows that are due; when the next one is."""
+        next_ms = NEVER
+        served, emit = None if entry.closed else entry.served, self._out.append
+        for item, row in list(entry.rows.items()):
+            due_ms = row.due_ms
+            if due_ms < now_ms:
+                if row.stage == _OPEN and row.click_ms == row.conversion_ms == NONE and served is not None:
+                    row.due_ms, row.stage = NEVER, _UNCLICKED  # `_fire_row` in short, for what most rows are
+                    self.open_impressions -= 1
+                    emit(Emission(served, row.index, _FIRST, 0, 0, 0, row.impression_ms))
+                    continue
+                while due_ms < now_ms:
+                    self._fire_row(entry, item, row)
+                    due_ms = row.due_ms
+            if due_ms < next_ms:  # noqa: PLR1730  min() costs a call a row
+                next_ms = due_ms
+        return next_ms
 
     def _fire_row(self, entry: Entry, item: str, row: Row) -> None:
         policy = self.policy
         row.due_ms, due_ms = NEVER, row.due_ms
-        if row.stage == Stage.OPEN:
+        if row.stage == _OPEN:
             self.open_impressions -= 1
             if row.click_ms != NONE and row.click_ms <= row.impression_ms + policy.click_window_ms:
                 self._first_clicked(entry, row)
@@ -266,8 +312,8 @@ class Joiner:
             del entry.rows[item]
 
     def _first_unclicked(self, entry: Entry, item: str, row: Row) -> None:
-        self._emit(entry, row, Kind.FIRST, 0, 0)
-        row.stage = Stage.UNCLICKED
+        self._emit(entry, row, _FIRST, 0, 0)
+        row.stage = _UNCLICKED
         if row.click_ms != NONE:
             self.outcomes["late_click"] += 1
         if row.conversion_ms != NONE:
@@ -278,7 +324,7 @@ class Joiner:
     def _first_clicked(self, entry: Entry, row: Row) -> None:
         delay_ms = max(0, row.conversion_ms - row.click_ms) if row.conversion_ms != NONE else NEVER
         row.stage = Stage.CLICKED
-        row.due_ms = row.click_ms + self.policy.attribution_window_ms
+        row.due_ms = self._at_tick(row.click_ms + self.policy.attribution_window_ms)
         row.observed = int(delay_ms <= self.policy.observation_window_ms)
         self.open_clicks += 1
         self.outcomes["click"] += 1
@@ -325,9 +371,12 @@ def _place(entry: Entry, item: str) -> int | None:
     """Where a new row lies in its request: `UNKNOWN` until served, None when it can have no place."""
     if entry.served is None:
         return UNKNOWN
-    if entry.closed or item not in entry.served.items:
+    if entry.closed:
         return None
-    return entry.served.items.index(item)
+    try:
+        return entry.served.items.index(item)
+    except ValueError:
+        return None
 
 
 def _earliest(seen: int, ts: int) -> int:

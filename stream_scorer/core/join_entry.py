@@ -42,10 +42,12 @@ class JoinPolicy:
     served_ttl_ms: int = 3_600_000  # an impression later than this after its request is not learned from
     held_ttl_ms: int = 3_600_000  # feedback waits this long for its `served`; a matured row is remembered this long
     max_held: int = 1_000_000  # requests known only by their feedback; more are refused and counted
+    tick_ms: int = 1  # what falls due is due at the next multiple of it, so that a page's rows are emitted together
 
     def __post_init__(self) -> None:
         """Refuse windows that contradict one another."""
-        if min(self.click_window_ms, self.observation_window_ms, self.served_ttl_ms, self.held_ttl_ms) < 0:
+        windows = (self.click_window_ms, self.observation_window_ms, self.served_ttl_ms, self.held_ttl_ms)
+        if min(windows) < 0 or self.tick_ms < 1:
             raise ValueError(f"join windows must not be negative: {self}")
         if self.attribution_window_ms < self.observation_window_ms:
             raise ValueError(
@@ -59,12 +61,12 @@ class Row:
 
     __slots__ = ("click_ms", "conversion_ms", "due_ms", "impression_ms", "index", "observed", "stage")
 
-    def __init__(self, index: int) -> None:
-        """Nothing is known of it but its ``index`` in the request (or `UNKNOWN`)."""
+    def __init__(self, index: int, impression_ms: int = NONE) -> None:
+        """Nothing is known of it but its ``index`` in the request (or `UNKNOWN`), and when it was shown if it was."""
         self.index = index
-        self.stage = int(Stage.WAITING)
+        self.stage = 0  # WAITING
         self.observed = 0  # v of the first emission
-        self.impression_ms = NONE
+        self.impression_ms = impression_ms
         self.click_ms = NONE
         self.conversion_ms = NONE
         self.due_ms = NEVER

@@ -21,13 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 import structlog
 
-from esmm.batch import Examples, Kind, StepStats
+from esmm.batch import Examples, Kind
 from stream_scorer.core import metric_names as names
-from stream_scorer.core.codec import decode_feedback
 from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.drift import DriftAlarm, DriftPolicy
 from stream_scorer.core.errors import CommitRefused, FatalError
 from stream_scorer.core.gate import GatePolicy
+from stream_scorer.core.heard import hear
 from stream_scorer.core.join import Joiner
 from stream_scorer.core.join_entry import JoinPolicy
 from stream_scorer.core.merge import Merge
@@ -41,6 +41,7 @@ from stream_scorer.core.watermark import BEGINNING, Watermark, WatermarkPolicy
 from stream_scorer.ports import SavedCheckpoint
 from stream_scorer.trainer.ports import TrainerPorts
 from stream_scorer.trainer.publisher import Publisher
+from stream_scorer.trainer.steps import Step, Steps
 
 _log = structlog.get_logger("stream_scorer.trainer")
 
@@ -71,6 +72,7 @@ class TrainerPolicy:
     gate: GatePolicy = field(default_factory=GatePolicy)
     drift: DriftPolicy = field(default_factory=DriftPolicy)
     batch_rows: int = 512
+    overlap: bool = False  # learn in a thread beside the join; the same batches and weights
     max_wait_ms: int = 1_000  # of record time; of the clock when there is nothing to read
     max_records: int = 2_000  # a turn
     linger_s: float = 0.002
@@ -99,6 +101,7 @@ class Trainer:
         self._board = Scoreboard(ports.stats_kind, policy.scoreboard)
         self._drift = DriftAlarm(policy.drift, policy.join.click_window_ms, policy.join.observation_window_ms)
         self._publisher = Publisher(ports, policy.gate, policy.gate_rows, policy.keep_versions)
+        self._steps = Steps(ports.learner.step, ports.clock.monotonic_s, policy.overlap)
         self._tally = TrainerTally()
         self._stats = TrainerStats()
         self._told: Counter[str] = Counter()  # join outcomes that metrics know of
@@ -107,7 +110,6 @@ class Trainer:
         self._pending_since_ms = 0  # record time when the oldest row began to wait
         self._unpublished = 0  # rows learned
         self._unsaved = False
-        self._step_ms = 0.0
         self._reject_error: object | None = None
         self._refused: str | None = None  # why the group did not take the last checkpoint's offsets
         self._impatient = 0
@@ -126,6 +128,7 @@ class Trainer:
                 self.step()
         except BaseException:
             self._failed = True  # half a step was applied: no checkpoint may be made of it on the way out
+            self._steps.close()
             raise
         if not self.drain(Deadline.after(self._policy.drain_timeout_s, self._ports.clock.monotonic_s)):
             if self._refused is not None:
@@ -226,7 +229,7 @@ class Trainer:
         self._joiner.served(served, where, record.timestamp_ms)
 
     def _take_feedback(self, record: Record, where: TopicPartition) -> None:
-        event = decode_feedback(record)
+        event = hear(record)
         if isinstance(event, Reject):
             self._reject(event)
             return
@@ -255,6 +258,7 @@ class Trainer:
             self._pending.extend(self._joiner.take(), self._joiner.watermark.value_ms)
         while self._pending.rows:
             self._learn(self._pending.take(min(self._pending.rows, self._policy.batch_rows)))
+        self._finish_step()
 
     # Learning
 
@@ -281,15 +285,20 @@ class Trainer:
             self._tally.skipped += examples.rows
             self._ports.metrics.inc(names.EXAMPLES, examples.rows, kind="skipped")
             return
-        started = self._ports.clock.monotonic_s()
-        stats = self._ports.learner.step(examples)
-        took_s = self._ports.clock.monotonic_s() - started
-        self._step_ms += 0.05 * (1_000 * took_s - self._step_ms) if self._step_ms else 1_000 * took_s
-        self._ports.metrics.observe(names.STEP_SECONDS, took_s)
-        self._account(examples, stats)
+        self._finish_step()
+        self._steps.launch(examples, self._pending.settled_ms)
+        if not self._policy.overlap:
+            self._finish_step()
 
-    def _account(self, examples: Examples, stats: StepStats) -> None:
-        tally = self._tally
+    def _finish_step(self) -> None:
+        """Wait for the step in flight, if there is one, and account for it."""
+        step = self._steps.collect()
+        if step is not None:
+            self._ports.metrics.observe(names.STEP_SECONDS, step.took_s)
+            self._account(step)
+
+    def _account(self, step: Step) -> None:
+        tally, examples, stats = self._tally, step.examples, step.stats
         tally.steps += 1
         if not stats.finite:
             tally.refused_steps += 1
@@ -303,7 +312,7 @@ class Trainer:
         for kind in Kind:
             self._ports.metrics.inc(names.EXAMPLES, rows_of[kind], kind=kind.name.lower())
         self._board.add(examples, stats.ctr_B, stats.ctcvr_B)
-        self._board.advance(self._pending.settled_ms)
+        self._board.advance(step.settled_ms)
         self._publisher.add(examples, stats.ctr_B, stats.ctcvr_B)
 
     # Publishing and restarting
@@ -311,6 +320,8 @@ class Trainer:
     def _housekeeping(self, now_s: float) -> None:
         policy = self._policy
         by_time = now_s - self._published_s >= policy.publish_every_s
+        if by_time or 0 < policy.publish_every_examples <= self._unpublished + self._steps.rows:
+            self._finish_step()
         by_count = 0 < policy.publish_every_examples <= self._unpublished
         if (by_time or by_count) and self._unpublished:
             self._published_s, self._unpublished = now_s, 0
@@ -338,6 +349,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         """Everything that a restart needs, at once; only then the offsets it has seen."""
         ports = self._ports
+        self._finish_step()
         if not self._unsaved:
             if self._refused is not None:
                 self._commit()
@@ -445,7 +457,7 @@ class Trainer:
             examples=tally.examples,
             outcomes=dict(joiner.outcomes),
             steps=tally.steps,
-            step_ms=self._step_ms,
+            step_ms=self._steps.mean_ms,
             refused_steps=tally.refused_steps,
             checkpoints=tally.checkpoints,
             versions_published=published.versions_published,

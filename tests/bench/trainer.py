@@ -46,6 +46,7 @@ from stream_scorer.core.records import CommitResult, Position, Record, TopicPart
 from stream_scorer.core.scoreboard import ScoreboardPolicy
 from stream_scorer.core.served import ServedLayout, _tensors
 from stream_scorer.trainer import Trainer, TrainerPolicy, TrainerPorts
+from stream_scorer.wiring.joining import settle
 from tests.bench.predictor import processor
 from tests.fakes import FakeSink
 
@@ -53,6 +54,7 @@ START_MS = 1_700_000_000_000
 CANDIDATES, SHOWN = 50, 10
 VOCABULARY = 100_000
 PARTITIONS = 2
+RANK_MS = 5  # a page is seen within 45 ms of a click window of 1500: as 18 s are to ten minutes
 OUT = Path(__file__).parents[2] / "build" / "bench" / "trainer.json"
 JOIN = JoinPolicy(
     click_window_ms=1_500,
@@ -60,6 +62,7 @@ JOIN = JoinPolicy(
     attribution_window_ms=7_000,
     served_ttl_ms=3_000,
     held_ttl_ms=3_000,
+    tick_ms=1_500 // 64,
 )
 
 
@@ -115,7 +118,7 @@ class Stream:
 
     def _behaviour(self, rng: Any, order: list[int], ts: int) -> Iterator[tuple[int, Any, int]]:
         for rank, place in enumerate(order):
-            shown = ts + 50 + 40 * rank
+            shown = ts + 50 + RANK_MS * rank
             yield place, "impression", shown
             if rng.random() < 0.1:
                 click = shown + int(rng.integers(1, 1_400))
@@ -199,9 +202,9 @@ class NoLearner:
         (directory / "manifest.json").write_text("{}")
 
 
-def learner_for(model: str, features: FeatureSchema) -> Learner:
+def learner_for(model: str, features: FeatureSchema, precision: Any) -> Learner:
     towers = (8,) if model == "tiny" else (256, 128)
-    return Learner(ESMM(features, towers, init_std=0.01), LearnerConfig(), lambda *_: None)
+    return Learner(ESMM(features, towers, init_std=0.01), LearnerConfig(precision=precision), lambda *_: None)
 
 
 def run(model: str, records: Sequence[Record], args: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -211,10 +214,10 @@ def run(model: str, records: Sequence[Record], args: argparse.Namespace, folder:
         "served", "feedback", "score-rejects", layout_of(features), join=JOIN,
         scoreboard=ScoreboardPolicy(settle_ms=JOIN.click_window_ms + JOIN.observation_window_ms,
                                     mature_ms=JOIN.click_window_ms + JOIN.attribution_window_ms),
-        batch_rows=args.rows, publish_every_s=1e9, checkpoint_every_s=1e9, idle_wait_s=0.0, linger_s=0.0,
+        batch_rows=args.rows, overlap=args.overlap, publish_every_s=1e9, checkpoint_every_s=1e9, idle_wait_s=0.0, linger_s=0.0,
     )  # fmt: skip
     state = MemoryJoinState() if args.state == "memory" else RocksJoinState(folder / "rocks")
-    learner: Any = NoLearner() if args.join_only else learner_for(model, features)
+    learner: Any = NoLearner() if args.join_only else learner_for(model, features, args.precision)
     source = MemorySource(records)
     ports = TrainerPorts(
         source=source, sink=FakeSink(), learner=learner, store=DirectoryStore(folder / "models"), open_version=lambda _: learner,
@@ -230,8 +233,7 @@ def run(model: str, records: Sequence[Record], args: argparse.Namespace, folder:
     marks = [(time.perf_counter(), time.process_time(), _learned(trainer), len(records) - source.lag())]
     while not source.done:
         trainer.step()
-    if hasattr(trainer, "_settle_learning"):
-        trainer._settle_learning()
+    trainer._finish_step()
     marks.append((time.perf_counter(), time.process_time(), _learned(trainer), len(records)))
     wall_s, cpu_s, examples, events = (b - a for a, b in zip(*marks, strict=True))
     assert trainer._tally.rejected == trainer._tally.refused_steps == trainer._tally.skipped == 0, trainer._tally
@@ -254,8 +256,11 @@ def main() -> None:
     for name, default in (("rows", 4096), ("requests", 22_000), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--join-only", action="store_true")
+    parser.add_argument("--overlap", action="store_true", help="learn in a thread beside the join")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path, default=OUT)
     args = parser.parse_args()
+    settle()
     models = args.model or ["speed", "columns"]
     streams = {model: Stream(schema(model), args.requests).records() for model in models}
     found: dict[str, list[dict[str, float]]] = {model: [] for model in models}
@@ -264,7 +269,14 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found[model].append(run(model, streams[model], args, Path(folder)))
     report: dict[str, Any] = {"processor": processor(), "torch": torch.__version__, "python": platform.python_version()}
-    report |= {"rows": args.rows, "state": args.state, "join_only": args.join_only, "models": {}}
+    report |= {
+        "rows": args.rows,
+        "state": args.state,
+        "join_only": args.join_only,
+        "overlap": args.overlap,
+        "precision": args.precision,
+        "models": {},
+    }
     for model, runs in found.items():
         rates = {key: statistics.median(one[key] for one in runs) for key in runs[0]}
         report["models"][model] = {**rates, "runs": runs}

@@ -1,0 +1,81 @@
+"""Learner steps beside the loop: the same batches, weights and state as one after another."""
+
+from __future__ import annotations
+
+from threading import Event
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from stream_scorer.trainer.steps import Steps
+from tests.trainer_kit import Market, TinyLearner, TrainerWorld, TwoTopicSource
+
+
+def outcome(path, overlap: bool, **policy):
+    source = TwoTopicSource()
+    Market(requests=150).fill(source)
+    world = TrainerWorld(path, source).with_policy(overlap=overlap, **policy)
+    world.until_idle()
+    world.quiet(20.0)
+    trainer = world.trainer
+    trainer._checkpoint()
+    state = trainer._state()
+    trainer._steps.close()
+    return world.learner.weights, world.learner.seen, state, world.store.versions()
+
+
+@pytest.mark.parametrize("policy", [{}, {"publish_every_examples": 150}, {"batch_rows": 7}])
+def test_beside_or_not_everything_learned_is_the_same(tmp_path, policy):
+    plain = outcome(tmp_path / "plain", False, **policy)
+    beside = outcome(tmp_path / "beside", True, **policy)
+    assert np.array_equal(plain[0], beside[0])
+    assert plain[1:] == beside[1:]
+    assert sum(plain[1]) > 500
+
+
+def test_a_checkpoint_waits_for_the_step_in_flight(tmp_path):
+    source, may_end = TwoTopicSource(), Event()
+    Market(requests=200).fill(source)
+
+    class Slow(TinyLearner):
+        def step(self, examples):
+            assert may_end.wait(10)
+            return super().step(examples)
+
+    world = TrainerWorld(tmp_path, source, make_learner=Slow).with_policy(overlap=True, max_records=10, batch_rows=64)
+    for _ in range(1_000):
+        if not world.trainer._steps.rows:
+            world.turn()
+    assert world.trainer._steps.rows == 64
+    assert world.learner.seen == []
+    may_end.set()
+    world.trainer._checkpoint()
+    assert world.trainer._tally.steps == len(world.learner.seen) == 1
+    world.trainer._steps.close()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_the_learner_raises_reaches_the_loop(beside):
+    def fail(_):
+        raise ZeroDivisionError
+
+    steps = Steps(fail, lambda: 0.0, beside)
+
+    def both():
+        steps.launch(SimpleNamespace(rows=3), 0)
+        steps.collect()
+
+    with pytest.raises(ZeroDivisionError):
+        both()
+    steps.close()
+
+
+def test_two_steps_at_once_are_a_mistake():
+    steps = Steps(lambda _: None, lambda: 0.0, True)
+    assert steps.collect() is None
+    steps.launch(SimpleNamespace(rows=3), 0)
+    with pytest.raises(AssertionError):
+        steps.launch(SimpleNamespace(rows=3), 0)
+    steps.collect()
+    steps.close()
