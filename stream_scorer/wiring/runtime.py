@@ -6,6 +6,7 @@ import ctypes
 import gc
 import sys
 
+YOUNG = 20_000  # objects between two young collections: a batch makes thousands, and none of them is in a cycle
 SWITCH_S = 1e-4  # the compute thread takes the interpreter lock around each batch: it must not wait 5 ms for it
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MMAP_BYTES = 32 << 20  # the most that glibc allows
@@ -18,6 +19,7 @@ def settle() -> None:
     keep_freed_memory()
     gc.collect()
     gc.freeze()  # what is here now stays: a full collection would walk all of torch, in the middle of a batch
+    gc.set_threshold(YOUNG, 20, 20)
 
 
 def keep_freed_memory() -> bool:

@@ -7,14 +7,16 @@ from stream_scorer.wiring import runtime
 
 
 def test_what_was_built_before_the_loop_is_not_collected_again() -> None:
-    before, switch = gc.get_freeze_count(), sys.getswitchinterval()
+    before, switch, threshold = gc.get_freeze_count(), sys.getswitchinterval(), gc.get_threshold()
     kept = [{at: [at]} for at in range(1_000)]
     try:
         runtime.settle()
         assert gc.get_freeze_count() >= before + len(kept)
+        assert gc.get_threshold()[0] == runtime.YOUNG
         assert sys.getswitchinterval() <= 2 * runtime.SWITCH_S
     finally:
         gc.unfreeze()
+        gc.set_threshold(*threshold)
         sys.setswitchinterval(switch)
     assert gc.get_freeze_count() == 0
 
