@@ -145,6 +145,7 @@ class TrainerSettings(_Section):
     checkpoint_every_s: float = Field(60.0, gt=0)
     gate_logloss_margin: float = Field(0.02, ge=0)
     gate_pcoc: tuple[float, float] = (0.5, 2.0)
+    gate_holdout: float = Field(0.05, ge=0, le=0.5, description="share of impressions only the gate looks at")
     gate_min_examples: int = Field(200, ge=1)
     window_examples: int = Field(20_000, ge=100, description="examples behind the progressive metrics")
     threads: int = Field(1, ge=1)

@@ -10,7 +10,10 @@ chain of candidates could get worse without end if nothing but the last was comp
 a version beats it on the same rows.
 
 The candidate is judged by progressive predictions (`core/gate_rows.py`), and by what it says of the same rows *now*:
-it has learned them by now, so that says little for it, but a last step that spoilt it shows.
+it has learned them by now, so that says little for it, but a last step that spoilt it shows. Progressive predictions
+cannot show what the newest rows taught: a burst of wrong labels looks bad to all models alike until it was learned. So
+a share of impressions is *held out*, learned by no model, and candidate and live version are compared on these too:
+they reach far enough back that a burst is a small part of them.
 """
 
 from __future__ import annotations
@@ -50,9 +53,10 @@ class Judged(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """``reason`` is a metric label: ok | few_examples | nonfinite | distance | {logloss, pcoc, ratchet}_<slice>.
+    """``reason`` is a metric label: ok | few_examples | nonfinite | distance | <what>_<slice>.
 
-    ``ratchet`` is logloss against the best version lately, the others are against the live one.
+    What: logloss or pcoc, next to the live version; ratchet, logloss next to the best one lately; holdout, logloss on
+    rows that nobody learns from.
     """
 
     promote: bool
@@ -123,18 +127,23 @@ def decide(
     *,
     now: Verdicts | None = None,
     best: Contest | None = None,
+    held_out: Contest | None = None,
 ) -> Decision:
     """Promote or hold. ``live`` is None when nothing is live yet; then only the candidate's own bounds count.
 
-    ``candidate`` is judged by progressive predictions on the rows of ``live``, ``now`` by those of the moment. A rival
-    that is not finite is no rival.
+    ``candidate`` is judged by progressive predictions on the rows of ``live``, ``now`` by those of the moment, as in
+    ``held_out``. A rival that is not finite is no rival.
     """
     live = live if live is not None and _is_rival(live) else None
     numbers = _numbers({"live": live, "candidate": candidate, "now": now, "best": best.rival if best else None})
+    if held_out is not None:
+        numbers |= _numbers({"held_out_live": held_out.rival, "held_out": held_out.candidate})
     numbers["distance"] = distance
     reason = _hold(policy, live, candidate, now or candidate)
     if not reason and best is not None and _is_rival(best.rival):
         reason = _worse(policy, best.rival, best.candidate, "ratchet")
+    if not reason and held_out is not None and _is_rival(held_out.rival):
+        reason = _worse(policy, held_out.rival, held_out.candidate, "holdout")
     if not reason and live is not None and not distance <= policy.max_distance:  # also NaN
         improved = all(beats(policy, Contest(after, live)) for after in (candidate, now or candidate))
         reason = "" if improved else "distance"

@@ -6,6 +6,8 @@ click was learned from before, when it was first emitted and when its conversion
 one after the other version was published counts, so that both know equally little of how that click ended.
 
 "When" is a number of rows learned, never a time.
+
+Beside them are rows of impressions that are held out: no model learns from any row of theirs.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from esmm.batch import Examples, Float32, Int64, Kind, concat_examples
+from esmm.batch import Bool, Examples, Float32, Int64, Kind, concat_examples
 from stream_scorer.core.gate import cvr_of
 from stream_scorer.core.pending import Arrays, from_arrays, to_arrays
 
@@ -93,12 +95,13 @@ class _Rows:
 
 
 class GateRows:
-    """Recent first emissions with pCTR, and recent matured clicks with pCVR."""
+    """Recent first emissions with pCTR, and recent matured clicks with pCVR; and such that were held out."""
 
-    def __init__(self, limit: int) -> None:
-        """``limit``: first emissions kept, and as many matured clicks."""
+    def __init__(self, limit: int, held_out: int = 1_000) -> None:
+        """``limit``: first emissions kept, and as many matured clicks; ``held_out``: of those held out likewise."""
         self.learned = 0  # rows, ever
         self._first, self._matured = _Rows(limit), _Rows(limit)
+        self._held_first, self._held_matured = _Rows(held_out), _Rows(held_out)
         self._open_limit = OPEN_CLICKS * limit
         self._open: dict[int, list[tuple[int, float]]] = {}  # click -> when it was learned from, and what was said
 
@@ -116,6 +119,12 @@ class GateRows:
             self._remember(examples.take(clicked_K), at, cvr_B[clicked_K])
         if len(matured_K):
             self._mature(examples.take(matured_K), at, cvr_B[matured_K])
+
+    def hold_out(self, examples: Examples) -> None:
+        """Rows that are not learned, of impressions of which none is."""
+        for rows, kind in ((self._held_first, Kind.FIRST), (self._held_matured, Kind.MATURED)):
+            some = examples.take(np.flatnonzero(examples.kind_B == kind))
+            rows.add(_Part(some, np.zeros((some.rows, 1), np.int64), np.zeros((some.rows, 1), np.float32)))
 
     def _remember(self, clicks: Examples, at: int, cvr_B: Float32) -> None:
         for click, cvr in zip(identity(clicks).tolist(), cvr_B.tolist(), strict=True):
@@ -148,6 +157,10 @@ class GateRows:
         """Clicks that matured after a version with ``learned`` rows was published, with pCVR."""
         return self._matured.since(learned)
 
+    def held_out(self) -> tuple[Judgeable | None, Judgeable | None]:
+        """First emissions and matured clicks that were held out; what the candidate said of them is not kept."""
+        return self._held_first.since(0), self._held_matured.since(0)
+
     def arrays(self) -> Arrays:
         """For a checkpoint."""
         padded = [(*row, *[(ABSENT, 0.0)] * (OCCASIONS - 1 - len(row))) for row in self._open.values()]
@@ -161,6 +174,8 @@ class GateRows:
             "gate_open_said": np.array(said, np.float64).reshape(shape),
             **self._first.arrays("gate_first"),
             **self._matured.arrays("gate_matured"),
+            **self._held_first.arrays("held_first"),
+            **self._held_matured.arrays("held_matured"),
         }
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -174,6 +189,16 @@ class GateRows:
         }
         self._first.restore("gate_first", arrays)
         self._matured.restore("gate_matured", arrays)
+        self._held_first.restore("held_first", arrays)
+        self._held_matured.restore("held_matured", arrays)
+
+
+def is_held_out(examples: Examples, share: float) -> Bool:
+    """Whether each row (B,) is of an impression that is held out: the same for all rows of one impression."""
+    if share == 0:
+        return np.zeros(examples.rows, np.bool_)
+    out: Bool = (identity(examples) >> np.uint64(32)) < np.uint64(share * 2**32)
+    return out
 
 
 def identity(examples: Examples) -> UInt64:

@@ -18,6 +18,7 @@ class TrainerTally:
     late_conversion: int = 0
     matured: int = 0
     skipped: int = 0  # examples not learned because of an input alarm
+    held_out: int = 0  # examples not learned, for the gate to judge by
     steps: int = 0
     refused_steps: int = 0  # the loss or its gradient was not finite
     checkpoints: int = 0
@@ -30,6 +31,7 @@ class TrainerTally:
             "late_conversion": self.late_conversion,
             "matured": self.matured,
             "skipped": self.skipped,
+            "held_out": self.held_out,
         }
 
 
@@ -44,7 +46,7 @@ class TrainerStats:
     served: int = 0
     feedback: int = 0
     rejected: int = 0
-    examples: Mapping[str, int] = field(default_factory=dict)  # first, late_conversion, matured, skipped
+    examples: Mapping[str, int] = field(default_factory=dict)  # first, late_conversion, matured, skipped, held_out
     outcomes: Mapping[str, int] = field(default_factory=dict)  # of the join
     steps: int = 0
     step_ms: float = 0.0  # a learning step, moving average

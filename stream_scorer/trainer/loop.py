@@ -27,6 +27,7 @@ from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.drift import DriftAlarm, DriftPolicy
 from stream_scorer.core.errors import CommitRefused, FatalError
 from stream_scorer.core.gate import GatePolicy
+from stream_scorer.core.gate_rows import is_held_out
 from stream_scorer.core.heard import hear
 from stream_scorer.core.join import Joiner
 from stream_scorer.core.join_entry import JoinPolicy
@@ -84,6 +85,7 @@ class TrainerPolicy:
     publish_every_examples: int = 0  # 0: only by time
     checkpoint_every_s: float = 60.0
     gate_rows: int = 4_000  # recent first emissions, and as many matured clicks, that the gate may look at
+    holdout: float = 0.0  # share of impressions that only the gate looks at
     keep_versions: int = 10
     drain_timeout_s: float = 10.0
     code_version: str = ""
@@ -285,6 +287,9 @@ class Trainer:
             self._tally.skipped += examples.rows
             self._ports.metrics.inc(names.EXAMPLES, examples.rows, kind="skipped")
             return
+        examples = self._hold_out(examples)
+        if not examples.rows:
+            return
         self._finish_step()
         self._steps.launch(examples, self._pending.settled_ms)
         if not self._policy.overlap:
@@ -296,6 +301,17 @@ class Trainer:
         if step is not None:
             self._ports.metrics.observe(names.STEP_SECONDS, step.took_s)
             self._account(step)
+
+    def _hold_out(self, examples: Examples) -> Examples:
+        """Give the gate its share; the rest."""
+        held_B = is_held_out(examples, self._policy.holdout)
+        held = int(held_B.sum())
+        if not held:
+            return examples
+        self._publisher.hold_out(examples.take(np.flatnonzero(held_B)))
+        self._tally.held_out += held
+        self._ports.metrics.inc(names.EXAMPLES, held, kind="held_out")
+        return examples.take(np.flatnonzero(~held_B))
 
     def _account(self, step: Step) -> None:
         tally, examples, stats = self._tally, step.examples, step.stats

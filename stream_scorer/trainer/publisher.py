@@ -85,6 +85,10 @@ class Publisher:
         """Rows that were just learned, with what the learner predicted before it did."""
         self._rows.add(examples, ctr_B, ctcvr_B)
 
+    def hold_out(self, examples: Examples) -> None:
+        """Rows that are not learned, by any model."""
+        self._rows.hold_out(examples)
+
     def forget(self) -> None:
         """The learner went back to a checkpoint: what it said since says nothing of it."""
         self._rows.forget()
@@ -150,8 +154,13 @@ class Publisher:
         rival = self._open.get(self._best) if self._best is not None else None
         if rival is not None and self._best != self._live:
             best = self._match(rival).contest
-        verdict, now = match.rival.verdicts, match.now
-        return decide(self._policy, verdict, match.progressive, distance, now=now.verdicts, best=best), best
+        first, matured = rows.held_out()
+        held_out = Contest(_ask(learner, first, matured).verdicts, _ask(live.judge, first, matured).verdicts)
+        decision = decide(
+            self._policy, match.rival.verdicts, match.progressive, distance,
+            now=match.now.verdicts, best=best, held_out=held_out,
+        )  # fmt: skip
+        return decision, best
 
     def _match(self, rival: _Opened) -> _Match:
         first, matured = self._rows.first_since(rival.learned), self._rows.matured_since(rival.learned)

@@ -242,6 +242,7 @@ def trainer_policy(settings: Settings, schema: FeatureSchema) -> TrainerPolicy:
         rewind=settings.kafka.options.get("auto.offset.reset", "earliest") in ("earliest", "smallest", "beginning"),
         batch_rows=trainer.batch_rows,
         max_wait_ms=_ms(trainer.max_wait_s),
+        holdout=trainer.gate_holdout,
         publish_every_s=trainer.publish_every_s,
         publish_every_examples=trainer.publish_every_examples,
         checkpoint_every_s=trainer.checkpoint_every_s,

@@ -92,6 +92,14 @@ def test_worse_than_the_best_version_lately_is_held_however_near_the_live_one() 
     assert decide(POLICY, LIVE, near, best=Contest(near, Verdicts(None, None, finite=False))).promote
 
 
+def test_worse_on_what_nobody_learned_is_held() -> None:
+    worse = Contest(candidate(ctr=GOOD._replace(logloss=0.31)), LIVE)
+    assert decide(POLICY, LIVE, candidate(), held_out=worse).reason == "holdout_ctr"
+    assert decide(POLICY, LIVE, candidate(), held_out=Contest(candidate(), LIVE)).promote
+    few = Contest(candidate(ctr=GOOD._replace(logloss=0.31, rows=99)), LIVE)
+    assert decide(POLICY, LIVE, candidate(), held_out=few).promote
+
+
 def test_only_a_lower_logloss_beats() -> None:
     lower = GOOD._replace(logloss=0.29)
     assert beats(POLICY, Contest(candidate(ctr=lower), LIVE))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from esmm.batch import Examples, FeatureBlock, Kind
-from stream_scorer.core.gate_rows import GateRows, identity
+from stream_scorer.core.gate_rows import GateRows, identity, is_held_out
 
 FIRST, LATE, MATURED = Kind.FIRST, Kind.LATE_CONVERSION, Kind.MATURED
 
@@ -110,3 +110,26 @@ def test_rows_of_one_impression_have_one_identity_and_others_have_another() -> N
     a, b, c = identity(some).tolist()
     assert a == c != b
     assert len(set(identity(rows(*((n, FIRST, 1) for n in range(5_000)))).tolist())) == 5_000
+
+
+def test_all_rows_of_an_impression_are_held_out_or_none() -> None:
+    many = rows(*((who, kind, 1) for kind in (FIRST, LATE, MATURED) for who in range(4_000)))
+    held_B = is_held_out(many, 0.05)
+    assert 0.04 < held_B.mean() < 0.06
+    np.testing.assert_array_equal(held_B[:4_000], held_B[4_000:8_000])
+    np.testing.assert_array_equal(held_B[:4_000], held_B[8_000:])
+    assert not is_held_out(many, 0.0).any()
+
+
+def test_what_is_held_out_is_kept_by_kind_also_in_a_checkpoint() -> None:
+    kept, again = GateRows(100, held_out=100), GateRows(100, held_out=100)
+    kept.hold_out(rows((1, FIRST, 1), (2, FIRST, 0), (1, LATE, 1), (1, MATURED, 1)))
+    again.restore(kept.arrays())
+    for one in (kept, again):
+        first, matured = one.held_out()
+        assert first is not None
+        assert matured is not None
+        assert first.examples.click_B.tolist() == [1, 0]
+        assert matured.examples.rows == 1
+        assert one.learned == 0
+        assert one.first_since(0) is None
