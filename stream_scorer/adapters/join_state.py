@@ -16,12 +16,13 @@ _SIZES = struct.Struct("<III")
 
 
 class MemoryJoinState:
-    """A dict of entries and a heap of timers. Saved as one file, entries in request order."""
+    """A dict of entries and heaps of timers. Saved as one file, entries in request order."""
 
     def __init__(self) -> None:
         """Empty."""
         self._entries: dict[str, Entry] = {}
-        self._timers: list[tuple[int, str]] = []
+        self._due: list[int] = []  # a heap of the times in ``_timers``
+        self._timers: dict[int, list[str]] = {}  # time -> a heap of request ids
 
     def __len__(self) -> int:
         """Entries held."""
@@ -41,15 +42,26 @@ class MemoryJoinState:
 
     def arm(self, due_ms: int, request_id: str) -> None:
         """Add a timer."""
-        heapq.heappush(self._timers, (due_ms, request_id))
+        ids = self._timers.get(due_ms)
+        if ids is None:
+            self._timers[due_ms] = [request_id]
+            heapq.heappush(self._due, due_ms)
+        else:
+            heapq.heappush(ids, request_id)
 
     def next_due_ms(self) -> int:
         """The earliest timer, or `NEVER`."""
-        return self._timers[0][0] if self._timers else NEVER
+        return self._due[0] if self._due else NEVER
 
     def pop_due(self) -> tuple[int, str]:
         """Take the earliest timer, ties by request id."""
-        return heapq.heappop(self._timers)
+        due_ms = self._due[0]
+        ids = self._timers[due_ms]
+        request_id = heapq.heappop(ids)
+        if not ids:
+            del self._timers[due_ms]
+            heapq.heappop(self._due)
+        return due_ms, request_id
 
     def save(self, directory: Path) -> None:
         """Write ``join.bin`` into an existing directory."""
@@ -63,15 +75,14 @@ class MemoryJoinState:
 
     def restore(self, directory: Path) -> None:
         """Take over what `save` wrote, in place of what is held; ValueError when it is something else."""
-        self._entries, self._timers = {}, []
+        self._entries, self._due, self._timers = {}, [], {}
         with (directory / FILE).open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
                 raise ValueError(f"{FILE} is not join state of this version: it does not start with {MAGIC!r}")
             for request_id, entry in _entries(file):
                 self._entries[request_id] = entry
                 if entry.armed_ms != NEVER:
-                    self._timers.append((entry.armed_ms, request_id))
-        heapq.heapify(self._timers)
+                    self.arm(entry.armed_ms, request_id)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from esmm.batch import Examples, FeatureBlock, Kind
+from esmm.batch import Examples, FeatureBlock, Int64, Kind
 from stream_scorer.core.served import ServedRequest
 
 
@@ -37,10 +38,7 @@ def assemble(emissions: Sequence[Emission]) -> Examples:
     labels_B3 = np.array([e[3:6] for e in emissions], np.float32)
 
     def rows(blocks: list[FeatureBlock]) -> FeatureBlock:
-        return FeatureBlock(
-            np.concatenate([b.ids_NS[i] for b, i in zip(blocks, at, strict=True)]),
-            np.concatenate([b.dense_ND[i] for b, i in zip(blocks, at, strict=True)]),
-        )
+        return FeatureBlock(_taken([b.ids_NS for b in blocks], at), _taken([b.dense_ND for b in blocks], at))
 
     return Examples(
         user=FeatureBlock(
@@ -58,3 +56,10 @@ def assemble(emissions: Sequence[Emission]) -> Examples:
         version_B=np.array([g.model_version for g in groups], np.int64).repeat(repeat_G),
         impression_ms_B=np.fromiter((e.impression_ms for e in emissions), np.int64, len(emissions)),
     )
+
+
+def _taken(arrays: list[NDArray[Any]], at: list[Int64]) -> NDArray[Any]:
+    """The rows ``at`` of each array, one after another; nothing is gathered where there are no columns."""
+    if not arrays[0].shape[1]:
+        return np.zeros((sum(map(len, at)), 0), arrays[0].dtype)
+    return np.concatenate([array.take(index, axis=0) for array, index in zip(arrays, at, strict=True)])

@@ -16,14 +16,16 @@ import heapq
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from stream_scorer.core.records import Record, TopicPartition
+from stream_scorer.core.records import Position, Record, TopicPartition
+
+_Keyed = tuple[int, Position, Record]  # record time and position are the order; positions differ
 
 
 class _Queue:
     __slots__ = ("heard_s", "newest_ms", "records")
 
     def __init__(self, now_s: float, newest_ms: int) -> None:
-        self.records: deque[tuple[int, Record]] = deque()
+        self.records: deque[_Keyed] = deque()
         self.newest_ms = newest_ms  # record time is made monotone within a partition, which keeps offset order
         self.heard_s = now_s
 
@@ -59,9 +61,10 @@ class Merge:
     def push(self, records: Sequence[Record], now_s: float) -> None:
         """Polled records, in offset order within each partition."""
         for record in records:
-            queue = self._queue(record.position.topic_partition, now_s)
-            queue.newest_ms = max(queue.newest_ms, record.timestamp_ms)
-            queue.records.append((queue.newest_ms, record))
+            position = record.position
+            queue = self._queue(position.topic_partition, now_s)
+            queue.newest_ms = newest_ms = max(queue.newest_ms, record.timestamp_ms)
+            queue.records.append((newest_ms, position, record))
             queue.heard_s = now_s
         self._buffered += len(records)
 
@@ -69,22 +72,23 @@ class Merge:
         """Up to ``limit`` records in order; fewer when the next one cannot be known yet. ``ended``: read to the end."""
         caught_up = all(partition in ended for partition in self._queues)
         out: list[Record] = []
-        heads: list[tuple[int, str, int, int]] = []
+        heads: list[_Keyed] = []
         for partition, queue in self._queues.items():
             if queue.records:
-                heads.append(_head(partition, queue))
+                heads.append(queue.records[0])
             elif not self._is_idle(queue, now_s, partition in ended, caught_up):
                 return out
         heapq.heapify(heads)
         while heads and len(out) < limit:
-            _, topic, number, _ = heads[0]
-            partition = TopicPartition(topic, number)
+            newest_ms, position, record = heads[0]
+            partition = position.topic_partition
             queue = self._queues[partition]
-            self._newest_ms[partition], record = queue.records.popleft()
+            queue.records.popleft()
+            self._newest_ms[partition] = newest_ms
             out.append(record)
             self._buffered -= 1
             if queue.records:
-                heapq.heapreplace(heads, _head(partition, queue))
+                heapq.heapreplace(heads, queue.records[0])
             elif self._is_idle(queue, now_s, partition in ended, caught_up):
                 heapq.heappop(heads)
             else:
@@ -113,8 +117,3 @@ class Merge:
         hurried = self._buffered > self._max_buffered or now_s - queue.heard_s >= self._stall_after_s
         self.impatient += hurried
         return hurried
-
-
-def _head(partition: TopicPartition, queue: _Queue) -> tuple[int, str, int, int]:
-    at_ms, record = queue.records[0]
-    return (at_ms, partition.topic, partition.partition, record.position.offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from esmm.batch import Bool, FeatureBlock, Int64
@@ -18,6 +19,9 @@ class TopicPartition(NamedTuple):
     partition: int
 
 
+_topic_partition = lru_cache(maxsize=4_096)(TopicPartition)  # asked for with every record: found, not made
+
+
 class Position(NamedTuple):
     """Where a record was read. A committed offset is ``offset + 1``."""
 
@@ -28,7 +32,7 @@ class Position(NamedTuple):
     @property
     def topic_partition(self) -> TopicPartition:
         """Without the offset."""
-        return TopicPartition(self.topic, self.partition)
+        return _topic_partition(*self[:2])
 
 
 class Record(NamedTuple):

@@ -34,6 +34,7 @@ ALIGN = 8  # tensors start at a multiple of 8 bytes, so that int64 views of a me
 _DTYPES: Mapping[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 _DENSE_NAMES: Mapping[Dense, str] = {"float32": "F32", "float16": "F16"}
 _FLOATS = ("F32", "F16")
+_LEAST, _GREATEST = np.minimum.reduce, np.maximum.reduce
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,10 @@ def decode_served(record: Record, layout: ServedLayout) -> ServedRequest | Rejec
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         return Reject(record, "corrupt", f"not a served message: {type(error).__name__}: {error}")
     dense = (served.user.dense_ND, served.item.dense_ND, served.context.dense_ND)
-    if not all(np.isfinite(values).all() for values in dense):
+    if not all(np.isfinite(values).all() for values in dense if values.size):
         return Reject(record, "nonfinite", "a feature is not finite")
-    if not ((served.ctcvr_K >= 0) & (served.ctcvr_K <= served.ctr_K) & (served.ctr_K <= 1)).all():
+    ctr_K, ctcvr_K = served.ctr_K, served.ctcvr_K  # a comparison with NaN is false, and least and greatest keep NaN
+    if not (_LEAST(ctcvr_K) >= 0 and _LEAST(ctr_K - ctcvr_K) >= 0 and _GREATEST(ctr_K) <= 1):
         return Reject(record, "nonfinite", "a score is no probability, or ctcvr is above ctr")
     return served
 
@@ -215,7 +217,41 @@ def _read(value: bytes, start: int, header: dict[str, Any], layout: ServedLayout
     items = orjson.loads(meta["items"])
     if not isinstance(items, list) or not items or set(map(type, items)) != {str}:
         raise ValueError("items is not a list of ids")
-    rows = len(items)
+    user, item, context, ctr_K, ctcvr_K = _arrays(value, start, header, len(items), widths)
+    return ServedRequest(
+        request_id=_text(meta["request_id"]),
+        user_id=_text(meta["user_id"]),
+        items=items,
+        user=user,
+        item=item,
+        context=context,
+        ctr_K=ctr_K,
+        ctcvr_K=ctcvr_K,
+        model_version=int(meta["model_version"]),
+        ts_ms=int(meta["ts"]),
+        scored_at_ms=int(meta["scored_at"]),
+        degraded=meta["degraded"] == "1",
+    )
+
+
+class _Arrays(NamedTuple):
+    """The tensors of one message."""
+
+    user: FeatureBlock
+    item: FeatureBlock
+    context: FeatureBlock
+    ctr_K: Float32
+    ctcvr_K: Float32
+
+
+def _arrays(value: bytes, start: int, header: dict[str, Any], rows: int, widths: Widths) -> _Arrays:
+    """Views of the tensors. A header as this module writes it is known as a whole and not checked entry by entry."""
+    usual = _usual(rows, widths)
+    if len(value) == start + usual.size and header == {**usual.header, "__metadata__": header["__metadata__"]}:
+        arrays = [np.ndarray(shape, dtype, value, start + at) for dtype, shape, at in usual.tensors]
+        user_ids, item_ids, context_ids, ctr_K, ctcvr_K, user_dense, item_dense, context_dense = arrays
+        blocks = (FeatureBlock(user_ids, user_dense), FeatureBlock(item_ids, item_dense))
+        return _Arrays(*blocks, FeatureBlock(context_ids, context_dense), ctr_K, ctcvr_K)
 
     def tensor(name: str, shape: tuple[int, ...], *dtypes: str) -> NDArray[Any]:
         return _tensor(value, start, header[name], shape, dtypes)
@@ -225,20 +261,25 @@ def _read(value: bytes, start: int, header: dict[str, Any], layout: ServedLayout
         dense = tensor(f"{source}_dense", (count, widths[at + 3]), *_FLOATS)
         return FeatureBlock(ids, dense.astype(np.float32, copy=False))
 
-    return ServedRequest(
-        request_id=_text(meta["request_id"]),
-        user_id=_text(meta["user_id"]),
-        items=items,
-        user=block("user", 1, 0),
-        item=block("item", rows, 1),
-        context=block("context", rows, 2),
-        ctr_K=tensor("ctr", (rows,), "F32"),
-        ctcvr_K=tensor("ctcvr", (rows,), "F32"),
-        model_version=int(meta["model_version"]),
-        ts_ms=int(meta["ts"]),
-        scored_at_ms=int(meta["scored_at"]),
-        degraded=meta["degraded"] == "1",
-    )
+    blocks = (block("user", 1, 0), block("item", rows, 1))
+    ctr_K, ctcvr_K = tensor("ctr", (rows,), "F32"), tensor("ctcvr", (rows,), "F32")
+    return _Arrays(*blocks, block("context", rows, 2), ctr_K, ctcvr_K)
+
+
+class _Usual(NamedTuple):
+    """How this module writes the tensors of a request in float32."""
+
+    header: dict[str, Any]
+    tensors: list[tuple[np.dtype[Any], tuple[int, ...], int]]  # type, shape, first byte
+    size: int  # bytes of all of them
+
+
+@lru_cache(maxsize=4096)
+def _usual(rows: int, widths: Widths) -> _Usual:
+    header: dict[str, Any] = orjson.loads(b"{" + _tensors(rows, widths, "F32"))
+    entries = header.values()
+    tensors = [(_DTYPES[e["dtype"]], tuple(e["shape"]), e["data_offsets"][0]) for e in entries]
+    return _Usual(header, tensors, max(e["data_offsets"][1] for e in entries))
 
 
 def _tensor(
