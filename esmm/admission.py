@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,6 +121,12 @@ class Admission:
             return {}
         parts = {f"{width}.{name}": getattr(r, f"{name}_R") for width, r in self._rows.items() for name in _COLUMNS}
         return {"facts": self._facts, **parts}
+
+    def facts(self) -> dict[str, Any]:
+        """JSON data for a version's manifest, nothing when the rule is off."""
+        rule = self.rule
+        facts = {"admit_after": rule.admit_after, "evict_after_ms": rule.evict_after_ms, "evicted": self.evicted}
+        return {"embedding_rows": facts} if rule.on else {}
 
     def forget(self) -> None:
         """Know of no row: a checkpoint from before the rule was switched on is restored."""

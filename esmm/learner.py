@@ -266,11 +266,12 @@ class Learner:
     def export(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         """Write ``model.safetensors`` and ``manifest.json`` (schema, hyper-parameters, sha256 and the given fields).
 
-        The manifest also says the method, and ``"ctcvr_correction"``: "odds" when a scorer must apply `served_ctcvr`.
+        The manifest also says the method, ``"ctcvr_correction"``: "odds" when a scorer must apply `served_ctcvr`, and
+        which embedding rows are trained when not all are, with the number evicted so far.
         """
         correction = "odds" if self.method.odds_correction else "none"
         own = {"method": self.method.name, "ctcvr_correction": correction}
-        self._write_version(directory, self.model, {**manifest, **own})
+        self._write_version(directory, self.model, {**manifest, **own, **self._admission.facts()})
 
     def save(self, directory: Path) -> None:
         """Write weights, optimiser and auxiliary state for an exact restart into an existing directory, fsynced."""

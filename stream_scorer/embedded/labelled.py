@@ -39,7 +39,7 @@ from stream_scorer.embedded.replay import (
 )
 
 PEEK_ROWS = 20_000
-RUN_ROWS = 500_000  # rows sorted in memory at a time
+RUN_ROWS = 100_000  # rows sorted in memory at a time, some kilobyte each
 
 Values = Mapping[str, NDArray[np.generic]]  # one entity's features by slot name, each one row
 

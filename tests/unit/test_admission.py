@@ -214,6 +214,22 @@ def test_the_rule_may_be_switched_on_and_off_between_runs(tmp_path: Path):
     assert without.steps == 1
 
 
+def test_a_version_says_which_rows_are_trained_and_how_many_were_evicted(tmp_path: Path):
+    written: list[dict[str, object]] = []
+    evicted: list[int] = []
+    for rule in (RULE, AdmissionRule()):
+        config = LearnerConfig(admission=rule)
+        one = Learner(ESMM(SCHEMA, (8, 4)), config, lambda *args: written.append(dict(args[2])))
+        for seed in range(40):
+            one.step(stream(seed))
+        one.export(tmp_path, {"version": 3})
+        evicted.append(one._admission.evicted)
+    assert evicted[0] > evicted[1] == 0
+    assert written[0]["embedding_rows"] == {"admit_after": 2, "evict_after_ms": 10 * DAY, "evicted": evicted[0]}
+    assert "embedding_rows" not in written[1]
+    assert written[1]["version"] == 3
+
+
 def test_a_torn_admission_state_is_refused(tmp_path: Path):
     one, other = learner(RULE), learner(AdmissionRule(2), schema=FeatureSchema(SCHEMA.columns[:2]))
     one.save(tmp_path)
