@@ -3,11 +3,13 @@
 For each delay setting and seed: pretraining on matured labels, a gap of one attribution window (so those labels are as
 old as they would be), then a stream: a warm-up and a test period. Every hour of the test period is predicted before the
 rows emitted in it are learned. All methods see the same impressions and start from the same pretrained state; each has
-the learning rate that was best for it, by CTCVR log loss, on other seeds.
+the learning rate that was best for it, by CTCVR log loss, on other seeds and the default delays: `POWERS`, which
+``--tune`` finds anew (the search walks on while the best rate is the highest or lowest tried).
 
 Writes build/bench/learning.csv (against eventual labels), learning_truth.csv (the same, each label replaced by the
-probability it was drawn from: no label noise), learning_sync.csv and learning.svg. ``--quick``: one setting, two seeds,
-no tuning. RI is relative improvement: 0 is the frozen pretrained model, 100 the oracle, which knows the future.
+probability it was drawn from: no label noise), learning_sync.csv, learning_days.csv, learning_facts.csv, with
+``--tune`` learning_rates.csv, and learning.svg. RI is relative improvement: 0 is the frozen pretrained model, 100 the
+oracle, which knows the future.
 """
 
 from __future__ import annotations
@@ -17,19 +19,22 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 from esmm.delay import DEFAULT, METHODS
 from tests.bench import learning_report as report
-from tests.bench.learning_stream import measure, pretrain, run, sync_intervals
-from tests.bench.learning_world import SETTINGS, Plan, make_world
+from tests.bench.learning_stream import daily_pcoc, measure, pretrain, run, sync_intervals
+from tests.bench.learning_world import SETTINGS, Plan, facts_of, make_world
 
-RATES = (0.5, 1.0, 2.0)  # of the trainer's default learning rates, dense and embedding alike
-TEST_SEEDS, TUNING_SEEDS = (11, 12, 13, 14, 15), (101, 102)
+RATE_STEP, RATE_LIMIT = 1.5, 6  # rates are the trainer's default learning rates times powers of the step
+TEST_SEEDS, TUNING_SEEDS = (21, 22, 23, 24, 25), (101, 102)
+TUNING_HOURS = 72
+# As ``--tune`` found them, in powers of the rate step.
+POWERS: dict[str, int] = {}
 PRETRAINED = "pretrained"
 
 
@@ -46,70 +51,103 @@ class Cell:
     @property
     def cost(self) -> float:
         """Longest first keeps both processors busy to the end."""
-        return len(self.trials) + SETTINGS[self.setting].window_h / 100 + (4 if self.sync_rate else 0)
+        return len(self.trials) + SETTINGS[self.setting].window_h / 100 + (8 if self.sync_rate else 0)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Methods whose rates one process looks for, on all tuning seeds."""
+
+    plan: Plan
+    methods: tuple[str, ...]
+    setting: str = "default"
+    seeds: tuple[int, ...] = field(default=TUNING_SEEDS)
 
 
 def work(cell: Cell) -> report.Measured:
     """Everything about one cell; runs in a process of its own."""
     world = make_world(SETTINGS[cell.setting], cell.seed, cell.plan)
-    found, sync = {}, {}
+    found, days, sync = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         start = pretrain(world, cell.seed, Path(folder))
         for method, rate in cell.trials:
-            name = None if method == PRETRAINED else method
-            found[method, rate] = measure(world, run(world, name, rate, cell.seed, start))
+            predicted = run(world, None if method == PRETRAINED else method, rate, cell.seed, start)
+            found[method, rate], days[method] = measure(world, predicted), daily_pcoc(world, predicted)
         if cell.sync_rate is not None:
             served = sync_intervals(world, DEFAULT, cell.sync_rate, cell.seed, start)
             sync = {interval: measure(world, predicted)["truth"] for interval, predicted in served.items()}
-    return report.Measured(cell.setting, cell.seed, found, sync)
+    return report.Measured(cell.setting, cell.seed, found, days, sync, facts_of(world))
 
 
-def tuned(pool: Iterator[report.Measured]) -> dict[tuple[str, str], float]:
-    """(setting, method) -> the rate of the lowest mean CTCVR log loss."""
-    losses: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for done in pool:
-        for (method, rate), by in done.found.items():
-            losses.setdefault((done.setting, method), {}).setdefault(rate, []).append(by["truth"]["ctcvr"]["nll"])
-    return {key: min(by_rate, key=lambda rate: sum(by_rate[rate])) for key, by_rate in losses.items()}
+def climb(loss: Callable[[int], float], limit: int = RATE_LIMIT) -> dict[int, float]:
+    """Losses at powers of the rate step, from 1, 2 and 3 on outwards until the lowest is inside or at ``limit``."""
+    losses = {power: loss(power) for power in (1, 2, 3)}
+    while abs(best := min(losses, key=losses.__getitem__)) < limit and best in (min(losses), max(losses)):
+        outward = best - 1 if best == min(losses) else best + 1
+        losses[outward] = loss(outward)
+    return losses
 
 
-def test_cells(settings: list[str], seeds: tuple[int, ...], plan: Plan, rates: dict[tuple[str, str], float]) -> list:
+def search(task: Search) -> dict[str, dict[float, float]]:
+    """Method -> rate -> mean CTCVR log loss against the truth over the tuning seeds; runs in a process of its own."""
+    worlds = [(seed, make_world(SETTINGS[task.setting], seed, task.plan)) for seed in task.seeds]
+    tried: dict[str, dict[float, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        starts = [pretrain(world, seed, Path(folder, str(seed))) for seed, world in worlds]
+        for method in task.methods:
+
+            def loss(power: int, method: str = method) -> float:
+                losses = []
+                for (seed, world), start in zip(worlds, starts, strict=True):
+                    predicted = run(world, method, RATE_STEP**power, seed, start)
+                    losses.append(measure(world, predicted)["truth"]["ctcvr"]["nll"])
+                return sum(losses) / len(losses)
+
+            tried[method] = {RATE_STEP**power: found for power, found in climb(loss).items()}
+    return tried
+
+
+def test_cells(settings: list[str], seeds: tuple[int, ...], plan: Plan, rates: dict[str, float]) -> list[Cell]:
+    """A cell a setting and seed, with every method at its rate."""
+    trials = ((PRETRAINED, 1.0), *((method, rates.get(method, 1.0)) for method in METHODS))
     return [
-        Cell(
-            setting,
-            seed,
-            plan,
-            ((PRETRAINED, 1.0), *((method, rates.get((setting, method), 1.0)) for method in METHODS)),
-            rates.get((setting, DEFAULT), 1.0) if setting == "default" else None,
-        )
+        Cell(setting, seed, plan, trials, rates.get(DEFAULT, 1.0) if setting == "default" else None)
         for setting, seed in itertools.product(settings, seeds)
     ]
 
 
 def main() -> None:
+    """Tune, test, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one setting, two seeds, no tuning: one to two minutes")
+    parser.add_argument("--quick", action="store_true", help="one setting, two seeds, two days: about a minute")
+    parser.add_argument("--tune", action="store_true", help="look for the rates anew, instead of those in this file")
+    parser.add_argument("--week", type=float, default=0.0, help="a weekly wave of all buying, log odds: see the lag")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(TEST_SEEDS))
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
-    settings, seeds, plan = options.settings, tuple(options.seeds), Plan()
+    if set(options.seeds) & set(TUNING_SEEDS):
+        parser.error(f"seeds {TUNING_SEEDS} are those that rates are tuned on")
+    settings, seeds, plan = options.settings, tuple(options.seeds), Plan(week=options.week)
     if options.quick:
-        settings, seeds, plan = ["default"], seeds[:2], Plan(pretrain=48, warm_up=24, test=24)
-    started, rates = time.monotonic(), {}
+        settings, seeds, plan = ["default"], seeds[:2], replace(plan, pretrain=48, test=48)
+    started = time.monotonic()
+    tried: dict[str, dict[float, float]] = {}
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        if not options.quick:
-            trials = tuple(itertools.product(METHODS, RATES))
-            short = replace(plan, pretrain=48, warm_up=18, test=18)
-            cells = [Cell(s, seed, short, trials) for s, seed in itertools.product(settings, TUNING_SEEDS)]
-            rates = tuned(pool.map(work, sorted(cells, key=lambda cell: -cell.cost)))
+        if options.tune:
+            short, names = replace(plan, test=TUNING_HOURS), tuple(METHODS)
+            shares = [Search(short, names[at :: options.processes]) for at in range(options.processes)]
+            for part in pool.map(search, [share for share in shares if share.methods]):
+                tried |= part
             print(f"tuned in {time.monotonic() - started:.0f} s on seeds {TUNING_SEEDS}", flush=True)
+        rates = {method: RATE_STEP**power for method, power in POWERS.items()}
+        rates |= {method: min(losses, key=losses.__getitem__) for method, losses in tried.items()}
         cells = test_cells(settings, seeds, plan, rates)
         done = list(pool.map(work, sorted(cells, key=lambda cell: -cell.cost)))
     options.out.mkdir(parents=True, exist_ok=True)
-    report.write(options.out, done, rates)
-    print(report.text(done, rates))
+    report.write(options.out, done, tried)
+    print(report.text(done, rates, tried))
     print(f"{time.monotonic() - started:.0f} s, {len(seeds)} test seeds {seeds}; files in {options.out}")
 
 

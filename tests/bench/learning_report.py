@@ -19,17 +19,20 @@ TITLES = {
     "labels": "against eventual labels",
     "truth": "against the truth (each label replaced by its probability)",
 }
+Tried = dict[str, dict[float, float]]  # method -> rate -> mean log loss on the tuning seeds
 Found = dict[tuple[str, float], dict[str, dict[str, dict[str, float]]]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One world: (method, rate) -> labels or truth -> task -> metric; sync interval -> task -> metric."""
+    """One world: (method, rate) -> labels or truth -> task -> metric; sync interval -> task -> metric; facts of it."""
 
     setting: str
     seed: int
     found: Found
+    days: dict[str, list[float]]  # method -> predicted over true CTCVR, a value a day
     sync: dict[str, dict[str, dict[str, float]]]
+    facts: dict[str, float]
 
 
 def table(done: list[Measured], kind: str) -> list[dict[str, object]]:
@@ -42,13 +45,18 @@ def table(done: list[Measured], kind: str) -> list[dict[str, object]]:
                 row = {"setting": one.setting, "method": method, "seed": one.seed, "task": task, **tasks[task]}
                 for metric in ("auc", "nll"):
                     low, high = by["pretrained"][task][metric], by["oracle"][task][metric]
-                    row[f"ri_{metric}"] = 100 * (tasks[task][metric] - low) / (high - low)
+                    row[f"ri_{metric}"] = relative_improvement(tasks[task][metric], low, high)
                 rows.append(row)
     return sorted(rows, key=lambda row: (row["setting"], TASKS.index(row["task"]), row["seed"]))
 
 
-def write(out: Path, done: list[Measured], rates: dict[tuple[str, str], float]) -> None:
-    """learning.csv, learning_truth.csv, learning_sync.csv, learning_rates.csv and learning.svg."""
+def relative_improvement(value: float, pretrained: float, oracle: float) -> float:
+    """In %: 0 is the frozen model, 100 the oracle; also for metrics of which less is better. nan if those two tie."""
+    return 100 * (value - pretrained) / (oracle - pretrained) if oracle != pretrained else math.nan
+
+
+def write(out: Path, done: list[Measured], tried: Tried) -> None:
+    """learning.csv, learning_{truth,sync,days,facts,rates}.csv and learning.svg."""
     for name, kind in (("learning.csv", "labels"), ("learning_truth.csv", "truth")):
         write_csv(out / name, COLUMNS, table(done, kind))
     sync = [
@@ -58,8 +66,22 @@ def write(out: Path, done: list[Measured], rates: dict[tuple[str, str], float]) 
         for task in TASKS
     ]
     write_csv(out / "learning_sync.csv", ("seed", "interval", "task", *METRICS), sync)
-    tuned = [{"setting": setting, "method": method, "rate": rate} for (setting, method), rate in rates.items()]
-    write_csv(out / "learning_rates.csv", ("setting", "method", "rate"), tuned)
+    days = [
+        {"setting": one.setting, "method": method, "seed": one.seed, "day": day, "pcoc": pcoc}
+        for one in done
+        for method, by_day in one.days.items()
+        for day, pcoc in enumerate(by_day)
+    ]
+    write_csv(out / "learning_days.csv", ("setting", "method", "seed", "day", "pcoc"), days)
+    facts = [{"setting": one.setting, "seed": one.seed, **one.facts} for one in done]
+    write_csv(out / "learning_facts.csv", tuple(facts[0]), facts)
+    tuned = [
+        {"method": method, "rate": rate, "nll": nll, "chosen": int(nll == min(losses.values()))}
+        for method, losses in tried.items()
+        for rate, nll in sorted(losses.items())
+    ]
+    if tuned:
+        write_csv(out / "learning_rates.csv", ("method", "rate", "nll", "chosen"), tuned)
     (out / "learning.svg").write_text(svg(done))
 
 
@@ -76,6 +98,11 @@ def mean_error(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(error)
 
 
+def paired(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """Mean and standard error of the differences ours - theirs, seed by seed."""
+    return mean_error([mine - other for mine, other in zip(ours, theirs, strict=True)])
+
+
 def settings_of(done: list[Measured]) -> list[str]:
     return list(dict.fromkeys(sorted((one.setting for one in done), key=("short", "default", "long").index)))
 
@@ -84,8 +111,8 @@ def methods_of(done: list[Measured]) -> list[str]:
     return [method for method, _ in done[0].found]
 
 
-def text(done: list[Measured], rates: dict[tuple[str, str], float]) -> str:
-    """All tables, the sync intervals and what the default method is held to."""
+def text(done: list[Measured], rates: dict[str, float], tried: Tried) -> str:
+    """All tables, what the worlds are like, the sync intervals and what the default method is held to."""
     lines: list[str] = []
     for kind, title in TITLES.items():
         rows = table(done, kind)
@@ -94,9 +121,53 @@ def text(done: list[Measured], rates: dict[tuple[str, str], float]) -> str:
                 lines += ["", f"{setting} delays, {task}, {title}: mean and standard error over seeds", _header()]
                 for method in methods_of(done):
                     picked = [r for r in rows if (r["setting"], r["task"], r["method"]) == (setting, task, method)]
-                    rate = rates.get((setting, method))
-                    lines.append(_line(method, picked, rate))
-    return "\n".join([*lines, "", *sync_lines(done), "", *targets(done)])
+                    lines.append(_line(method, picked, rates.get(method)))
+    parts = (lines, fact_lines(done), edge_lines(tried), short_table(done), sync_lines(done), targets(done))
+    return "\n".join(line for part in parts for line in [*part, ""])
+
+
+def fact_lines(done: list[Measured]) -> list[str]:
+    """What there was to find: see `learning_world.facts_of`; and how far CTCVR's PCOC strays from day to day."""
+    lines = []
+    for setting in settings_of(done):
+        of = [one for one in done if one.setting == setting]
+        means = {name: float(np.mean([one.facts[name] for one in of])) for name in of[0].facts}
+        lines.append(f"{setting}: " + ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
+        for method in ("oracle", DEFAULT):
+            days = [pcoc for one in of for pcoc in one.days[method]]
+            lines.append(f"  {method}: PCOC of a day (truth) from {min(days):.3f} to {max(days):.3f}")
+    return lines
+
+
+def edge_lines(tried: Tried) -> list[str]:
+    """Whose best rate is the lowest or highest tried."""
+    at_edge = [m for m, losses in tried.items() if min(losses, key=losses.__getitem__) in (min(losses), max(losses))]
+    return [f"rate at the edge of those tried: {', '.join(at_edge) or 'none'}"] if tried else []
+
+
+def short_table(done: list[Measured]) -> list[str]:
+    """Markdown for the README: CTCVR on the default setting against eventual labels."""
+    rows = [row for row in table(done, "labels") if (row["setting"], row["task"]) == ("default", "ctcvr")]
+    if not rows:
+        return []
+    lines = [
+        "| method | AUC | log loss | less vanilla-dup's | PCOC | RI-AUC | RI-log loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in methods_of(done):
+
+        def values(name: str, method: str = method) -> list[float]:
+            return [float(row[name]) for row in rows if row["method"] == method]
+
+        cells = [
+            mean_error(values("auc")),
+            mean_error(values("nll")),
+            paired(values("nll"), values("nll", "vanilla-dup")),
+            *(mean_error(values(name)) for name in ("pcoc", "ri_auc", "ri_nll")),
+        ]
+        formats = ("{:.4f} ±{:.4f}", "{:.5f} ±{:.5f}", "{:+.5f} ±{:.5f}", "{:.3f} ±{:.3f}", *["{:.1f} ±{:.1f}"] * 2)
+        lines.append(f"| {method} | " + " | ".join(f.format(*c) for f, c in zip(formats, cells, strict=True)) + " |")
+    return lines
 
 
 def _header() -> str:
@@ -109,7 +180,7 @@ def _line(method: str, rows: list[dict[str, object]], rate: float | None) -> str
         mean, error = mean_error([float(row[name]) for row in rows])
         digits = 1 if name.startswith("ri_") else 5 if name in ("nll", "ece") else 4
         cells.append(f"{mean:.{digits}f} ±{error:.{digits}f}")
-    return f"{method:<15}{'-' if rate is None else f'{rate:g}':>5}" + "".join(f"{cell:>18}" for cell in cells)
+    return f"{method:<15}{'-' if rate is None else f'{rate:.3g}':>5}" + "".join(f"{cell:>18}" for cell in cells)
 
 
 def sync_lines(done: list[Measured]) -> list[str]:
@@ -144,8 +215,7 @@ def targets(done: list[Measured]) -> list[str]:
         ctr, _ = mean_error(values(DEFAULT, "ctr", "pcoc"))
         auc, _ = mean_error(values(DEFAULT, "ctcvr", "ri_auc"))
         nll, _ = mean_error(values(DEFAULT, "ctcvr", "ri_nll"))
-        pairs = zip(values(DEFAULT, "ctcvr", "nll"), values("vanilla-dup", "ctcvr", "nll"), strict=True)
-        gap, error = mean_error([ours - theirs for ours, theirs in pairs])
+        gap, error = paired(values(DEFAULT, "ctcvr", "nll"), values("vanilla-dup", "ctcvr", "nll"))
         checks = (
             (f"CTCVR PCOC {ctcvr:.4f}, within .03 of 1", abs(ctcvr - 1) <= 0.03),
             (f"CTR PCOC {ctr:.4f}, within .01 of 1", abs(ctr - 1) <= 0.01),

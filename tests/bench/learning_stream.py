@@ -20,9 +20,10 @@ from esmm.model import ESMM
 from esmm.optim import RowRule
 from tests.bench.learning_world import CLICK_WINDOW, OBSERVATION_WINDOW, SCHEMA, World
 
-TOWERS, BATCH = (64, 32), 512
+TOWERS, BATCH = (64, 32), 1_024
 LEARNING_RATE, EMBEDDING_RATE = 1e-3, 0.02  # the trainer's defaults; a factor multiplies both
-HEAD_EPOCHS = 3
+PRETRAIN_RATE, HEAD_EPOCHS = 1.0, 3
+SYNC_HOURS = 72
 TASKS = ("ctr", "cvr", "ctcvr")
 METRICS = ("auc", "pr_auc", "nll", "pcoc", "ece")
 
@@ -110,10 +111,10 @@ def pretrain(world: World, seed: int, folder: Path) -> Pretrained:
     end = float(world.plan.pretrain)
     for path, method in ((out.plain, "oracle"), (out.odds, "fnc")):
         path.mkdir(parents=True)
-        learner = learner_for(method, 1.0, seed)
+        learner = learner_for(method, PRETRAIN_RATE, seed)
         rows = emitted(world, METHODS[method], 0.0, end)
         if method == "fnc":  # all conversions are known by now: each next to its impression
-            rows = beside(world, end)
+            rows = beside(world, end - CLICK_WINDOW)
         learn(learner, world, rows, 0, len(rows.at_R))
         learner.save(path)
     heads = learner_for("defuse", 1.0, seed)
@@ -185,6 +186,14 @@ def measure(world: World, predicted: Predicted) -> dict[str, dict[str, dict[str,
     return {kind: {task: metrics_of(stats) for task, stats in tasks.items()} for kind, tasks in by.items()}
 
 
+def daily_pcoc(world: World, predicted: Predicted) -> list[float]:
+    """Predicted over true CTCVR, a value a day of the test period."""
+    span = slice(predicted.low, predicted.low + len(predicted.ctr_N))
+    day_N = ((world.at_N[span] - world.test_start) // 24).astype(int)
+    true_D = np.bincount(day_N, (world.a_N * world.p_N)[span])
+    return [float(ratio) for ratio in np.bincount(day_N, predicted.ctcvr_N.astype(np.float64)) / true_D]
+
+
 def expected(true_N: np.ndarray, predicted_N: np.ndarray, weight_N: np.ndarray) -> TaskStats:
     """Statistics as they are in expectation over labels drawn from ``true_N``."""
     label_2N = np.repeat([1.0, 0.0], len(true_N))
@@ -199,7 +208,8 @@ def metrics_of(stats: TaskStats) -> dict[str, float]:
 def sync_intervals(world: World, method: str, rate: float, seed: int, start: Pretrained) -> dict[str, Predicted]:
     """The same learner, a step a minute, served three ways: with weights a minute, up to an hour or up to a day old.
 
-    A minute has about a sixth of a batch's rows; the rate is a quarter, so that small steps are not all noise.
+    Over the first `SYNC_HOURS` of the test period. A minute has about a thirtieth of a batch's rows; the rate is a
+    quarter, so that small steps are not all noise.
     """
     learner = learner_for(method, rate / 4, seed)
     learner.restore(start.of(method))
@@ -211,7 +221,7 @@ def sync_intervals(world: World, method: str, rate: float, seed: int, start: Pre
         if high > low:
             parts[interval].append(learner.predict(world.examples.take(np.arange(low, high))))
 
-    for hour in range(round(world.end - world.start)):
+    for hour in range(world.plan.warm_up + min(SYNC_HOURS, world.plan.test)):
         now, testing = world.start + hour, hour >= world.plan.warm_up
         if testing:
             predict("hour", now, now + 1)

@@ -9,6 +9,7 @@ Times are hours. Shapes: N impressions, C categories, K waves.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,15 +37,19 @@ WAVES = 3
 class Plan:
     """How much of everything; hours. Pretraining, then one attribution window of nothing, warm-up, test."""
 
-    pretrain: int = 60
-    warm_up: int = 30
-    test: int = 48
-    requests: int = 500  # an hour
+    pretrain: int = 96
+    warm_up: int = 24
+    test: int = (
+        168  # one whole week: late conversions say how much was bought days ago, which only evens out over a season
+    )
+    requests: int = 200  # an hour
     shown: int = 10
     candidates: int = 40
-    lift: float = 1.0  # log odds of a click: what is shown was chosen well
+    lift: float = 2.0  # log odds of a click: what is shown was chosen well
+    sale: float = 0.6  # log odds of a purchase; with ``lift`` a fifth to a quarter of about .3 clicks an impression
     taste: float = 0.006  # radians an hour that tastes turn
     fashion: float = 0.5  # of a category in log odds of buying
+    week: float = 0.0  # of everything, over a week, in log odds of buying: not in any feature
     churn: float = 2.0  # items an hour
 
 
@@ -59,6 +64,7 @@ class World(NamedTuple):
     converted_at_N: np.ndarray  # inf without
     a_N: np.ndarray  # P(click)
     p_N: np.ndarray  # P(conversion | click)
+    late_N: np.ndarray  # P(later than the observation window | conversion)
     attribution: float  # window
     plan: Plan
 
@@ -81,10 +87,10 @@ class DriftingMarket(Market):
 
     def __init__(self, seed: int, plan: Plan) -> None:
         rng = np.random.default_rng([seed, 1])
-        self.fashion, self.lift = plan.fashion, plan.lift
+        self.fashion, self.lift, self.sale, self.week = plan.fashion, plan.lift, plan.sale, plan.week
         self._period_KC = rng.uniform(48.0, 240.0, (WAVES, CATEGORIES))
         self._phase_KC = rng.uniform(0.0, 2 * np.pi, (WAVES, CATEGORIES))
-        self._day, self._week = rng.uniform(0.0, 2 * np.pi, 2)  # else every seed would test the same slope
+        self._phase_day, self._phase_week = rng.uniform(0.0, 2 * np.pi, 2)  # else every seed would test the same slope
         super().__init__(
             MarketPlan(
                 seed=seed,
@@ -99,12 +105,50 @@ class DriftingMarket(Market):
         click_NK, buy_NK = super().truth(user_N, slot_NK, hour)
         now = self.now_s
         wave_C = np.sin(2 * np.pi * now / self._period_KC + self._phase_KC).sum(0) * (2 / WAVES) ** 0.5
-        season = 0.15 * np.sin(2 * np.pi * now / 24.0 + self._day) + 0.25 * np.sin(2 * np.pi * now / 168.0 + self._week)
+        season = 0.15 * np.sin(2 * np.pi * now / 24.0 + self._phase_day) + self.week * np.sin(
+            2 * np.pi * now / 168.0 + self._phase_week
+        )
         taste_ND = self._taste_UD[user_N]
         turned_ND = self._turned(taste_ND) - taste_ND
         worth_NK = np.matmul(self._worth_MD[slot_NK], turned_ND[:, :, None])[:, :, 0] / self._worth_MD.shape[1] ** 0.5
-        shift_NK = self.fashion * wave_C[self.category_M[slot_NK]] + season + 0.5 * worth_NK
+        shift_NK = self.sale + self.fashion * wave_C[self.category_M[slot_NK]] + season + 0.5 * worth_NK
         return lifted(click_NK, self.lift), lifted(buy_NK, shift_NK)
+
+
+def facts_of(world: World) -> dict[str, float]:
+    """What there is to find in the test period, whatever the method.
+
+    ``vanilla_bias``: by how much t = a p / (1 + a p_dp) is too low on average. ``noise``: the standard error of PCOC that
+    labels alone cause. ``lag``: conversions seen within the observation window and late ones as they arrive, over the
+    conversions that these clicks will have, each a click; a method that learns late positives as they come is off by as
+    much. ``lag_low`` and ``lag_high``: the lowest and highest of 48 hours.
+    """
+    test_N = world.at_N >= world.test_start
+    a_N, t_N = world.a_N[test_N], (world.a_N * world.p_N)[test_N]
+    late_N = world.converted_N & (world.converted_at_N > world.click_at_N + OBSERVATION_WINDOW)
+    low, high = math.ceil(world.test_start), math.ceil(world.end)
+    hour_N = np.floor(world.at_N).astype(int)
+
+    def hourly(at_R: np.ndarray, weight_R: np.ndarray) -> np.ndarray:
+        return np.bincount(at_R, weight_R, high)[low:high]
+
+    clicks_H = np.maximum(hourly(hour_N, world.click_N), 1.0)
+    late_at_R = np.floor(world.converted_at_N[late_N]).astype(int)
+    inside_R = late_at_R[late_at_R < high]
+    seen_H = (hourly(hour_N, world.converted_N & ~late_N) + hourly(inside_R, np.ones(len(inside_R)))) / clicks_H
+    true_H = hourly(hour_N, world.click_N * world.p_N) / clicks_H
+    spans = [slice(at, at + 48) for at in range(0, max(len(true_H) - 47, 1), 24)]
+    lags = [float(seen_H[span].mean() / true_H[span].mean()) for span in spans]
+    return {
+        "ctr": float(a_N.mean()),
+        "cvr": float(t_N.sum() / a_N.sum()),
+        "late_share": float((t_N * world.late_N[test_N]).sum() / t_N.sum()),
+        "vanilla_bias": float(1 - (t_N / (1 + t_N * world.late_N[test_N])).sum() / t_N.sum()),
+        "noise": float(np.sqrt((t_N * (1 - t_N)).sum()) / t_N.sum()),
+        "lag": float(seen_H.mean() / true_H.mean()),
+        "lag_low": min(lags),
+        "lag_high": max(lags),
+    }
 
 
 def lifted(probability_NK: np.ndarray, shift: float | np.ndarray) -> np.ndarray:
@@ -134,7 +178,7 @@ def make_world(delays: DelayMixture, seed: int, plan: Plan) -> World:
 
 
 def impressions(market: DriftingMarket, rng: np.random.Generator, delays: DelayMixture, plan: Plan):
-    """One tick: [examples, at, click, click_at, converted, converted_at, a, p]."""
+    """One tick: [examples, at, click, click_at, converted, converted_at, a, p, late]."""
     requests = round(plan.requests * TICK)
     asked = market.ask(requests)
     with np.errstate(divide="ignore"):
@@ -165,7 +209,15 @@ def impressions(market: DriftingMarket, rng: np.random.Generator, delays: DelayM
     )
     clicked = np.flatnonzero(click_B)
     market.clicked(user_B[clicked], category_B[clicked])
-    return [examples, at_B, click_B, click_at_B, converted_B, converted_at_B, a_B, p_B]
+    return [examples, at_B, click_B, click_at_B, converted_B, converted_at_B, a_B, p_B, late_share(delays, tilt_B)]
+
+
+def late_share(delays: DelayMixture, tilt_B: np.ndarray) -> np.ndarray:
+    """P(delay > observation window), given what `DelayMixture.sample` adds to the log odds of the fast component."""
+    parts_C = [DelayMixture((1.0,), (mean,), delays.window_h).cdf(OBSERVATION_WINDOW) for mean in delays.means_h]
+    fast, rest_C = delays.weights[0], np.asarray(delays.weights[1:])
+    fast_B = 1 / (1 + (1 - fast) / fast * np.exp(-tilt_B))
+    return 1 - fast_B * parts_C[0] - (1 - fast_B) * (rest_C @ np.asarray(parts_C[1:]) / rest_C.sum())
 
 
 def as_examples(user: FeatureBlock, item: FeatureBlock, context: FeatureBlock) -> Examples:

@@ -1,0 +1,106 @@
+"""The learning benchmark's own rules: no row says what nobody can know yet, RI, paired errors, the search for rates."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from esmm.batch import Kind
+from esmm.delay import METHODS
+from stream_scorer.embedded.delays import DelayMixture
+from tests.bench.learning import RATE_LIMIT, TEST_SEEDS, TUNING_SEEDS, climb
+from tests.bench.learning_report import mean_error, paired, relative_improvement
+from tests.bench.learning_stream import beside, emitted
+from tests.bench.learning_world import CLICK_WINDOW, OBSERVATION_WINDOW, Plan, World, facts_of, late_share, make_world
+
+DELAYS = DelayMixture((0.4, 0.6), (0.2, 6.0), 12.0)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world(DELAYS, 5, Plan(pretrain=6, warm_up=4, test=30, requests=60))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if not m.eventual_label], ids=lambda m: m.name)
+def test_a_row_is_emitted_no_earlier_than_anything_it_says(world: World, method) -> None:
+    rows = emitted(world, method, 0.0, np.inf)
+    at, i = rows.at_R, rows.impression_R
+    click, converted = world.click_N[i], world.converted_N[i]
+    wait = OBSERVATION_WINDOW if method.observes else 0.0
+    assert (np.diff(at) >= 0).all()
+    assert (at[click] >= world.click_at_N[i][click]).all()
+    assert (at[~click] >= world.at_N[i][~click] + CLICK_WINDOW).all()
+    assert (at[rows.conversion_R == 1] >= world.converted_at_N[i][rows.conversion_R == 1]).all()
+    quiet = click & (rows.kind_R == Kind.FIRST) & (rows.conversion_R == 0)
+    assert (world.converted_at_N[i][quiet] > world.click_at_N[i][quiet] + wait).all()
+    matured = rows.kind_R == Kind.MATURED
+    assert (at[matured] >= world.click_at_N[i][matured] + world.attribution).all()
+    assert (rows.conversion_R[matured] == converted[matured]).all()
+
+
+def test_each_conversion_is_sent_once(world: World) -> None:
+    rows = emitted(world, METHODS["vanilla-dup"], 0.0, np.inf)
+    positive = rows.impression_R[rows.conversion_R == 1]
+    assert len(np.unique(positive)) == len(positive) == world.converted_N.sum()
+
+
+def test_pretraining_ends_before_the_stream_says_anything(world: World) -> None:
+    end = float(world.plan.pretrain)
+    for rows in (emitted(world, METHODS["oracle"], 0.0, end), beside(world, end - CLICK_WINDOW)):
+        said = world.converted_at_N[rows.impression_R[rows.conversion_R == 1]]
+        assert len(said)
+        assert said.max() <= world.start
+
+
+def test_late_share_is_what_the_delays_draw() -> None:
+    for tilt in (-1.0, 0.0, 1.5):
+        drawn = DELAYS.sample(np.random.default_rng(3), np.full(40_000, tilt))
+        assert late_share(DELAYS, np.array([tilt]))[0] == pytest.approx((drawn > OBSERVATION_WINDOW).mean(), abs=0.01)
+
+
+def test_facts_of_a_world_agree_with_its_rows(world: World) -> None:
+    facts = facts_of(world)
+    test = world.at_N >= world.test_start
+    clicks = test & world.click_N
+    assert facts["ctr"] == pytest.approx(world.click_N[test].mean(), abs=0.02)
+    assert facts["cvr"] == pytest.approx(world.converted_N[clicks].mean(), abs=0.03)
+    late = world.converted_N & (world.converted_at_N > world.click_at_N + OBSERVATION_WINDOW)
+    assert facts["late_share"] == pytest.approx(late.sum() / world.converted_N.sum(), abs=0.06)
+    assert 0 < facts["vanilla_bias"] < facts["ctr"]
+    assert facts["lag_low"] <= facts["lag_high"]
+
+
+def test_relative_improvement_is_0_at_pretrained_and_100_at_the_oracle() -> None:
+    assert relative_improvement(0.7, 0.7, 0.8) == 0
+    assert relative_improvement(0.8, 0.7, 0.8) == 100
+    assert relative_improvement(0.23, 0.25, 0.21) == pytest.approx(50)  # less is better for log loss
+    assert relative_improvement(0.26, 0.25, 0.21) == pytest.approx(-25)
+    assert math.isnan(relative_improvement(0.5, 0.5, 0.5))
+
+
+def test_paired_error_leaves_out_what_seeds_have_in_common() -> None:
+    theirs = [0.1, 0.2, 0.3, 0.4]
+    ours = [value - gap for value, gap in zip(theirs, (0.01, 0.02, 0.01, 0.02), strict=True)]
+    gap, error = paired(ours, theirs)
+    assert gap == pytest.approx(-0.015)
+    assert error == pytest.approx(np.std([0.01, 0.02, 0.01, 0.02], ddof=1) / 2)
+    assert error < mean_error(theirs)[1] / 10
+    assert math.isnan(mean_error([1.0])[1])
+
+
+@pytest.mark.parametrize("best", [-4, 0, 2, 5])
+def test_the_search_walks_until_the_best_rate_is_inside(best: int) -> None:
+    losses = climb(lambda power: abs(power - best))
+    assert min(losses, key=losses.__getitem__) == best
+    assert min(losses) < best < max(losses)
+
+
+def test_the_search_ends_at_its_limit() -> None:
+    losses = climb(lambda power: -power)
+    assert max(losses) == RATE_LIMIT
+
+
+def test_no_seed_is_both_tuned_and_tested_on() -> None:
+    assert not set(TEST_SEEDS) & set(TUNING_SEEDS)
