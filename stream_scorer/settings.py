@@ -121,6 +121,9 @@ class TrainerSettings(_Section):
     observation_window_s: float = Field(
         3_600.0, gt=0, description="a clicked impression waits this long for its conversion"
     )
+    first_emission: Literal["together", "early"] = Field(
+        "together", description="whether unclicked impressions wait as long as clicked ones before they are learned"
+    )
     attribution_window_s: float = Field(864_000.0, gt=0, description="later conversions are counted, not learned")
     lateness_s: float = Field(5.0, ge=0, description="how far a partition's events may be out of order")
     served_ttl_s: float = Field(3_600.0, gt=0, description="served rows never shown are forgotten after this")

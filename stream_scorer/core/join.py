@@ -7,6 +7,10 @@ For one candidate row with an impression at I (the earliest heard of), click C a
     LATE_CONVERSION  after a first emission with v = 0, when D <= C + attribution window is heard of; once
     MATURED          every clicked row, at C + attribution window, with y and v
 
+With ``together`` in the policy both kinds of FIRST come at I + click window + observation window, with the same labels.
+Then the clicked share among rows emitted at a time is that among rows shown at a time. Without it clicked rows are of
+older impressions than unclicked ones, and while traffic grows or shrinks their share, and CTR with it, is wrong.
+
 "At" means: as soon as the watermark is past it and the end of its tick (`JoinPolicy.tick_ms`), so that everything up
 to then has been heard. As long as events come
 within the lateness the emitted rows are the same for any arrival order. What comes later is counted by name, see
@@ -72,6 +76,7 @@ class Joiner:
         self.open_impressions = 0  # shown, first emission not made yet
         self.open_clicks = 0  # clicked, not matured
         self._store = store
+        self._first_ms = policy.click_window_ms + (policy.observation_window_ms if policy.together else 0)
         self._out: list[Emission] = []
 
     def state(self) -> dict[str, Any]:
@@ -184,7 +189,7 @@ class Joiner:
     def _show(self, request_id: str, entry: Entry, item: str, row: Row) -> None:
         """What most events are: the impression of a served candidate that nothing was heard of before."""
         row.stage = _OPEN
-        row.due_ms = due_ms = self._at_tick(row.impression_ms + self.policy.click_window_ms)
+        row.due_ms = due_ms = self._at_tick(row.impression_ms + self._first_ms)
         entry.rows[item] = row
         self.open_impressions += 1
         self.outcomes["impression"] += 1
@@ -219,8 +224,8 @@ class Joiner:
 
     def _first_due_ms(self, row: Row) -> int:
         click_by_ms = row.impression_ms + self.policy.click_window_ms
-        if row.click_ms == NONE or row.click_ms > click_by_ms:
-            return self._at_tick(click_by_ms)
+        if self.policy.together or row.click_ms == NONE or row.click_ms > click_by_ms:
+            return self._at_tick(row.impression_ms + self._first_ms)
         return self._at_tick(max(click_by_ms, row.click_ms + self.policy.observation_window_ms))
 
     def _at_tick(self, due_ms: int) -> int:

@@ -42,6 +42,7 @@ class JoinPolicy:
     served_ttl_ms: int = 3_600_000  # an impression later than this after its request is not learned from
     held_ttl_ms: int = 3_600_000  # feedback waits this long for its `served`; a matured row is remembered this long
     max_held: int = 1_000_000  # requests known only by their feedback; more are refused and counted
+    together: bool = False  # first emissions of clicked and unclicked rows wait equally long
     tick_ms: int = 1  # what falls due is due at the next multiple of it, so that a page's rows are emitted together
 
     def __post_init__(self) -> None:

@@ -222,6 +222,7 @@ def trainer_policy(settings: Settings, schema: FeatureSchema) -> TrainerPolicy:
             attribution_window_ms=_ms(trainer.attribution_window_s),
             served_ttl_ms=_ms(trainer.served_ttl_s),
             held_ttl_ms=_ms(trainer.served_ttl_s),
+            together=trainer.first_emission == "together",
         )
     except ValueError as error:
         raise ConfigurationError(f"settings [trainer]: {error}") from error

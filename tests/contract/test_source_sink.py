@@ -162,6 +162,12 @@ def test_the_end_of_a_partition_is_known_once_it_was_read_to_there(world: World)
     source.seek({TopicPartition(topic, 0): 1})
     assert TopicPartition(topic, 0) not in source.ended()
     assert source.positions()[TopicPartition(topic, 0)] == 1
+    for back_to in (1, 2):  # 2 is the end already
+        source.seek({TopicPartition(topic, 0): back_to})
+        give_up = soon()
+        while len(source.ended()) < PARTITIONS and not give_up.passed:
+            source.poll(10, 0.1, 0.0)
+        assert len(source.ended()) == PARTITIONS
     source.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,12 @@ class JoinMachine(RuleBasedStateMachine):
     """Events arrive at most LATENESS behind the newest of their stream; the emitted rows are those of brute force."""
 
     new_state = staticmethod(MemoryJoinState)
+    policy = POLICY
 
     @initialize()
     def start(self) -> None:
         self.store = self.new_state()
-        self.join = joiner(POLICY, self.store, LATENESS)
+        self.join = joiner(self.policy, self.store, LATENESS)
         self.newest = 1_000
         self.served: list[ServedRequest] = []
         self.events: list[Feedback] = []
@@ -85,14 +87,14 @@ class JoinMachine(RuleBasedStateMachine):
             self.store.close()
             self.store = self.new_state()
             self.store.restore(Path(directory))
-        self.join = joiner(POLICY, self.store, LATENESS)
+        self.join = joiner(self.policy, self.store, LATENESS)
         self.join.restore(state)
 
     def teardown(self) -> None:
         if not hasattr(self, "join"):
             return
         self.join.advance(self.newest + 100_000)
-        assert rows_of(self.out + self.join.take()) == brute_force(POLICY, self.served, self.events)
+        assert rows_of(self.out + self.join.take()) == brute_force(self.policy, self.served, self.events)
         check_accounts(self.join, self.store, len(self.served), len(self.events))
         self.store.close()
 
@@ -107,6 +109,16 @@ def check_accounts(join, store, served: int, events: int) -> None:
 
 TestJoinMachine = JoinMachine.TestCase
 TestJoinMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+class TogetherJoinMachine(JoinMachine):
+    """The same rows when clicked and unclicked ones wait equally long."""
+
+    policy = replace(POLICY, together=True)
+
+
+TestTogetherJoinMachine = TogetherJoinMachine.TestCase
+TestTogetherJoinMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
 class RocksJoinMachine(JoinMachine):

@@ -171,3 +171,37 @@ def test_saved_state_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "join.bin").write_bytes(whole[:-3])
     with pytest.raises(ValueError, match="ends in the middle"):
         MemoryJoinState().restore(tmp_path)
+
+
+def clicked_share_on_a_ramp(together: bool) -> tuple[float, float]:
+    """Traffic doubles every 700 ms, one impression in four is clicked at once: the clicked share of first emissions
+    in the last 200 ms of it, and of those that come when it has stopped."""
+    policy = JoinPolicy(
+        click_window_ms=100, observation_window_ms=500, attribution_window_ms=5_000, served_ttl_ms=1_000,
+        held_ttl_ms=1_000, together=together,
+    )  # fmt: skip
+    join, number, at = joiner(policy, MemoryJoinState()), 0, 1_000.0
+    while at < 6_000:
+        for event in (served_request(f"r{number}", int(at)), feedback("impression", f"r{number}", int(at))):
+            send(join, event)
+        if number % 4 == 0:
+            send(join, feedback("click", f"r{number}", int(at)))
+        number += 1
+        at += 8.0 * 0.5 ** ((at - 1_000) / 700)
+        if at < 5_800:
+            join.take()
+    ramp = [e.click for e in join.take() if e.kind == Kind.FIRST]
+    join.advance(7_000)
+    stopped = [e.click for e in join.take() if e.kind == Kind.FIRST]
+    assert min(len(ramp), len(stopped)) > 100
+    return sum(ramp) / len(ramp), sum(stopped) / len(stopped)
+
+
+def test_traffic_that_grows_and_stops_does_not_change_the_clicked_share() -> None:
+    assert clicked_share_on_a_ramp(together=True) == (pytest.approx(0.25, abs=0.01), pytest.approx(0.25, abs=0.01))
+
+
+def test_emitted_early_the_clicked_share_is_wrong_while_traffic_changes() -> None:
+    ramp, stopped = clicked_share_on_a_ramp(together=False)
+    assert ramp < 0.20
+    assert stopped > 0.33
