@@ -152,6 +152,8 @@ class TrainerSettings(_Section):
     gate_min_examples: int = Field(200, ge=1)
     window_examples: int = Field(20_000, ge=100, description="examples behind the progressive metrics")
     threads: int = Field(1, ge=1)
+    overlap: bool = Field(False, description="learn in a thread beside the join: the same weights, on a second core")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the towers' products while learning")
 
 
 class HttpSettings(_Section):

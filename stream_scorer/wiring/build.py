@@ -157,6 +157,7 @@ def learner(settings: Settings, schema: FeatureSchema) -> Learner:
         embedding=RowRule(learning_rate=trainer.embedding_learning_rate, l2=model.l2_embedding),
         admission=admission_rule(settings),
         negative_keep=trainer.negative_keep,
+        precision=trainer.precision,
         seed=model.seed,
         threads=trainer.threads,
     )
@@ -242,6 +243,7 @@ def trainer_policy(settings: Settings, schema: FeatureSchema) -> TrainerPolicy:
         gate=GatePolicy(trainer.gate_logloss_margin, low, high, trainer.gate_min_examples),
         rewind=settings.kafka.options.get("auto.offset.reset", "earliest") in ("earliest", "smallest", "beginning"),
         batch_rows=trainer.batch_rows,
+        overlap=trainer.overlap,
         max_wait_ms=_ms(trainer.max_wait_s),
         holdout=trainer.gate_holdout,
         publish_every_s=trainer.publish_every_s,

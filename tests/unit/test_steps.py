@@ -8,8 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from esmm.checkpoint import save_version
+from esmm.heads import HeadRule
+from esmm.learner import Learner, LearnerConfig
+from esmm.model import ESMM
 from stream_scorer.trainer.steps import Steps
-from tests.trainer_kit import Market, TinyLearner, TrainerWorld, TwoTopicSource
+from tests.trainer_kit import SCHEMA, Market, TinyLearner, TrainerWorld, TwoTopicSource
 
 
 def outcome(path, overlap: bool, **policy):
@@ -79,3 +83,25 @@ def test_two_steps_at_once_are_a_mistake():
         steps.launch(SimpleNamespace(rows=3), 0)
     steps.collect()
     steps.close()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_real_learner_ends_bit_for_bit_where_it_ends_alone(tmp_path, precision):
+    def run(overlap: bool) -> dict[str, np.ndarray]:
+        source = TwoTopicSource()
+        Market(requests=150).fill(source)
+        config = LearnerConfig(precision=precision, heads=HeadRule(min_rows=10))
+        world = TrainerWorld(
+            tmp_path / str(overlap),
+            source,
+            make_learner=lambda: Learner(ESMM(SCHEMA, (8, 4), init_std=0.1), config, save_version),
+        ).with_policy(overlap=overlap)
+        world.until_idle()
+        world.quiet(20.0)
+        world.trainer._checkpoint()
+        world.trainer._steps.close()
+        assert world.learner.steps > 5
+        return {name: tensor.numpy().copy() for name, tensor in world.learner._state().items()}
+
+    plain, beside = run(False), run(True)
+    assert all(np.array_equal(plain[name], beside[name]) for name in plain)
