@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.integration.loop import Loop, last_json, until
 from tests.unit.test_labelled_logs import click
 
 ROWS, LATE = 2_000, 500
+RULES = "negative_keep = 0.5\nadmit_after = 2\nevict_after_s = 3600.0\n"
 
 
 @pytest.mark.timeout(300)
@@ -26,6 +28,8 @@ def test_criteo_conversions_are_scored_once_and_learned_late_ones_too(tmp_path: 
     ):
         loop = Loop(tmp_path, broker.bootstrap, redis.url, topics)
         (tmp_path / "features.toml").write_text(DATASETS["criteo-conversions"].schema_toml)
+        text = loop.config.read_text()
+        loop.config.write_text(text.replace("[trainer]\n", "[trainer]\n" + RULES))
         loop.prepare(create_topics=False)
         try:
             trainer, scorer = loop.start("train"), loop.start("score")
@@ -43,6 +47,11 @@ def test_criteo_conversions_are_scored_once_and_learned_late_ones_too(tmp_path: 
             assert (scorer.final["rejected"], scorer.final["degraded"], trainer.final["rejected"]) == (0, 0, 0)
             assert trainer.final["examples"]["first"] > ROWS / 2
             assert trainer.final["examples"]["late_conversion"] > ROWS / 6
+            version = str(trainer.final["version"])
+            manifest = loop.command("models", "show", version).stdout
+            assert re.search(r'"embedding_rows": \{\s*"admit_after": 2,\s*"evict_after_ms": 3600000', manifest), (
+                manifest
+            )
         finally:
             loop.stop()
             loop.forget()
