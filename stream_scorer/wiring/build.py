@@ -208,6 +208,11 @@ def join_state(settings: Settings) -> JoinState:
     return RocksJoinState(Path(settings.trainer.checkpoint_dir) / JOIN_SCRATCH)
 
 
+def _tick_ms(click_window_s: float) -> int:
+    """A page's rows are emitted together: it is seen within seconds, and its labels are waited for ten minutes."""
+    return max(1, _ms(click_window_s) // 64)
+
+
 def _ms(seconds: float) -> int:
     return int(seconds * 1000)
 
@@ -224,6 +229,7 @@ def trainer_policy(settings: Settings, schema: FeatureSchema) -> TrainerPolicy:
             served_ttl_ms=_ms(trainer.served_ttl_s),
             held_ttl_ms=_ms(trainer.served_ttl_s),
             together=trainer.first_emission == "together",
+            tick_ms=_tick_ms(trainer.click_window_s),
         )
     except ValueError as error:
         raise ConfigurationError(f"settings [trainer]: {error}") from error
@@ -237,8 +243,8 @@ def trainer_policy(settings: Settings, schema: FeatureSchema) -> TrainerPolicy:
         scoreboard=ScoreboardPolicy(
             first_rows=min(2_000, trainer.window_examples // 2),
             window_rows=trainer.window_examples,
-            settle_ms=_ms(trainer.click_window_s + trainer.observation_window_s),
-            mature_ms=_ms(trainer.click_window_s + trainer.attribution_window_s),
+            settle_ms=_ms(trainer.click_window_s + trainer.observation_window_s) + join.tick_ms,
+            mature_ms=_ms(trainer.click_window_s + trainer.attribution_window_s) + join.tick_ms,
         ),
         gate=GatePolicy(trainer.gate_logloss_margin, low, high, trainer.gate_min_examples),
         rewind=settings.kafka.options.get("auto.offset.reset", "earliest") in ("earliest", "smallest", "beginning"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from esmm.batch import Kind
 from stream_scorer.adapters.join_state import MemoryJoinState
 from stream_scorer.core.emit import assemble
 from stream_scorer.core.join_entry import JoinPolicy, pack_served, unpack_served
-from tests.join_kit import FEEDBACK, feedback, joiner, rows_of, send, served_request
+from tests.join_kit import FEEDBACK, brute_force, feedback, joiner, rows_of, send, served_request
 
 POLICY = JoinPolicy(
     click_window_ms=100, observation_window_ms=200, attribution_window_ms=1_000, served_ttl_ms=500, held_ttl_ms=400
@@ -205,3 +206,23 @@ def test_emitted_early_the_clicked_share_is_wrong_while_traffic_changes() -> Non
     ramp, stopped = clicked_share_on_a_ramp(together=False)
     assert ramp < 0.20
     assert stopped > 0.33
+
+
+def test_a_tick_emits_a_page_together_and_changes_no_label():
+    policy = JoinPolicy(1_000, 2_000, 8_000, 5_000, 5_000)
+    stream = [served_request("r0", 10_000)]
+    stream += [feedback("impression", "r0", 10_100 + 40 * i, f"i{i}") for i in range(3)]
+    stream += [feedback("click", "r0", 10_500, "i1"), feedback("conversion", "r0", 11_000, "i1")]
+    emitted, whole = {}, {}
+    for tick_ms in (1, 500):
+        join = joiner(replace(policy, tick_ms=tick_ms), MemoryJoinState())
+        for event in stream:
+            send(join, event)
+        emitted[tick_ms] = []
+        for at_ms in range(10_000, 30_000, 20):
+            join.advance(at_ms)
+            emitted[tick_ms].append(join.take())
+        whole[tick_ms] = rows_of([one for part in emitted[tick_ms] for one in part])
+    assert whole[1] == whole[500] == brute_force(policy, stream[:1], stream[1:])
+    assert max(map(len, emitted[1])) == 1
+    assert max(map(len, emitted[500])) == 2
