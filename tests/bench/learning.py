@@ -30,11 +30,23 @@ from tests.bench import learning_report as report
 from tests.bench.learning_stream import daily_pcoc, measure, pretrain, run, sync_intervals
 from tests.bench.learning_world import SETTINGS, Plan, facts_of, make_world
 
-RATE_STEP, RATE_LIMIT = 1.5, 6  # rates are the trainer's default learning rates times powers of the step
+RATE_STEP, RATE_LIMIT = 1.5, 9  # rates are the trainer's default learning rates times powers of the step
 TEST_SEEDS, TUNING_SEEDS = (21, 22, 23, 24, 25), (101, 102)
 TUNING_HOURS = 72
 # As ``--tune`` found them, in powers of the rate step.
-POWERS: dict[str, int] = {}
+POWERS = {
+    "oracle": 6,
+    "full-wait": -1,
+    "vanilla-window": 5,
+    "vanilla-dup": 3,
+    "fnw": 2,
+    "fnc": 2,
+    "es-dfm": 2,
+    "mp-es-dfm": 2,
+    "defer": 2,
+    "defuse": 2,
+    "ddfm": 2,
+}
 PRETRAINED = "pretrained"
 
 

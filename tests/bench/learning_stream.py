@@ -23,7 +23,7 @@ from tests.bench.learning_world import CLICK_WINDOW, OBSERVATION_WINDOW, SCHEMA,
 TOWERS, BATCH = (64, 32), 1_024
 LEARNING_RATE, EMBEDDING_RATE = 1e-3, 0.02  # the trainer's defaults; a factor multiplies both
 PRETRAIN_RATE, HEAD_EPOCHS = 1.0, 3
-SYNC_HOURS = 72
+SYNC_HOURS = 48
 TASKS = ("ctr", "cvr", "ctcvr")
 METRICS = ("auc", "pr_auc", "nll", "pcoc", "ece")
 
