@@ -12,11 +12,10 @@ One trainer owns all partitions of ``served`` and ``feedback``.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import structlog
@@ -24,71 +23,31 @@ import structlog
 from esmm.batch import Examples, Kind
 from stream_scorer.core import metric_names as names
 from stream_scorer.core.deadline import Deadline
-from stream_scorer.core.drift import DriftAlarm, DriftPolicy
+from stream_scorer.core.drift import DriftAlarm
 from stream_scorer.core.errors import CommitRefused, FatalError
-from stream_scorer.core.gate import GatePolicy
 from stream_scorer.core.gate_rows import is_held_out
 from stream_scorer.core.heard import hear
 from stream_scorer.core.join import Joiner
-from stream_scorer.core.join_entry import JoinPolicy
 from stream_scorer.core.merge import Merge
 from stream_scorer.core.pending import Pending, from_arrays, to_arrays
 from stream_scorer.core.records import Record, TopicPartition
 from stream_scorer.core.rejects import Reject, reject_record
-from stream_scorer.core.scoreboard import Scoreboard, ScoreboardPolicy
-from stream_scorer.core.served import ServedLayout, decode_served
+from stream_scorer.core.scoreboard import Scoreboard
+from stream_scorer.core.served import decode_served
 from stream_scorer.core.trainer_stats import TrainerStats, TrainerTally
-from stream_scorer.core.watermark import BEGINNING, Watermark, WatermarkPolicy
+from stream_scorer.core.watermark import BEGINNING, Watermark
 from stream_scorer.ports import SavedCheckpoint
+from stream_scorer.trainer.policy import StopSignal, TrainerPolicy
 from stream_scorer.trainer.ports import TrainerPorts
 from stream_scorer.trainer.publisher import Publisher
 from stream_scorer.trainer.steps import Step, Steps
+from stream_scorer.trainer.teller import Teller
 
 _log = structlog.get_logger("stream_scorer.trainer")
 
 STATS_EVERY_S = 1.0
 NO_CHECKPOINT = "offsets_without_checkpoint"  # name of a warning
 LOGGED_REJECTS = 10  # the first ones are logged, then one in a thousand
-
-
-class StopSignal(Protocol):
-    """A `threading.Event`, as far as the loop is concerned."""
-
-    def is_set(self) -> bool:
-        """Whether to stop."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrainerPolicy:
-    """How to learn and when to publish."""
-
-    served_topic: str
-    feedback_topic: str
-    rejects_topic: str
-    layout: ServedLayout
-    join: JoinPolicy = field(default_factory=JoinPolicy)
-    watermark: WatermarkPolicy = field(default_factory=WatermarkPolicy)
-    scoreboard: ScoreboardPolicy = field(default_factory=ScoreboardPolicy)
-    gate: GatePolicy = field(default_factory=GatePolicy)
-    drift: DriftPolicy = field(default_factory=DriftPolicy)
-    batch_rows: int = 512
-    overlap: bool = False  # learn in a thread beside the join; the same batches and weights
-    max_wait_ms: int = 1_000  # of record time; of the clock when there is nothing to read
-    max_records: int = 2_000  # a turn
-    linger_s: float = 0.002
-    idle_wait_s: float = 0.1
-    merge_idle_s: float = 1.0  # an empty partition is waited for this long while there is something to read ..
-    merge_records: int = 100_000  # .. unless this many are waiting
-    rewind: bool = True  # partitions that are committed but in no checkpoint are read from their start
-    publish_every_s: float = 60.0
-    publish_every_examples: int = 0  # 0: only by time
-    checkpoint_every_s: float = 60.0
-    gate_rows: int = 4_000  # recent first emissions, and as many matured clicks, that the gate may look at
-    holdout: float = 0.0  # share of impressions that only the gate looks at
-    keep_versions: int = 10
-    drain_timeout_s: float = 10.0
-    code_version: str = ""
 
 
 class Trainer:
@@ -107,7 +66,7 @@ class Trainer:
         self._steps = Steps(ports.learner.step, ports.clock.monotonic_s, policy.overlap)
         self._tally = TrainerTally()
         self._stats = TrainerStats()
-        self._told: Counter[str] = Counter()  # join outcomes that metrics know of
+        self._teller = Teller(ports.metrics)
         self._next: dict[TopicPartition, int] = {}  # offset after the last record taken
         self._rewind: dict[TopicPartition, int] = {}  # assigned since the last poll: where to read on
         self._pending_since_ms = 0  # record time when the oldest row began to wait
@@ -205,10 +164,9 @@ class Trainer:
         return source.ended()
 
     def _warn_of_impatience(self) -> None:
-        impatient = self._merge.impatient
-        if impatient and not self._impatient:
+        if self._merge.impatient and not self._impatient:
             _log.warning("a partition with more to read was not waited for: a replay may take records in another order")
-        self._impatient = impatient
+        self._impatient = self._merge.impatient
 
     def _take(self, record: Record) -> None:
         """One record through the join; learn when enough rows have come of it."""
@@ -306,12 +264,11 @@ class Trainer:
     def _hold_out(self, examples: Examples) -> Examples:
         """Give the gate its share; the rest."""
         held_B = is_held_out(examples, self._policy.holdout)
-        held = int(held_B.sum())
-        if not held:
+        if not held_B.any():
             return examples
-        self._publisher.hold_out(examples.take(np.flatnonzero(held_B)))
-        self._tally.held_out += held
-        self._ports.metrics.inc(names.EXAMPLES, held, kind="held_out")
+        self._publisher.hold_out(held := examples.take(np.flatnonzero(held_B)))
+        self._tally.held_out += held.rows
+        self._ports.metrics.inc(names.EXAMPLES, held.rows, kind="held_out")
         return examples.take(np.flatnonzero(~held_B))
 
     def _account(self, step: Step) -> None:
@@ -490,17 +447,4 @@ class Trainer:
             progressive=self._board.progressive(),
             **self._board.summary(),
         )
-        self._tell_metrics(self._stats)
-
-    def _tell_metrics(self, stats: TrainerStats) -> None:
-        metrics = self._ports.metrics
-        for outcome, count in stats.outcomes.items():
-            metrics.inc(names.JOIN_OUTCOME, count - self._told[outcome], outcome=outcome)
-        self._told = Counter(stats.outcomes)
-        metrics.set(names.JOIN_OPEN, stats.open_requests, state="request")
-        metrics.set(names.JOIN_OPEN, stats.open_impressions, state="impression")
-        metrics.set(names.JOIN_OPEN, stats.open_clicks, state="click")
-        for task, measured in stats.progressive.items():
-            for measure, value in measured.items():
-                if value is not None:
-                    metrics.set(names.LEARNING, value, task=task, measure=measure)
+        self._teller.tell(self._stats)
