@@ -33,7 +33,7 @@ from tests.bench.learning_world import SETTINGS, Plan, facts_of, make_world
 RATE_STEP, RATE_LIMIT = 1.5, 9  # rates are the trainer's default learning rates times powers of the step
 TEST_SEEDS, TUNING_SEEDS = (21, 22, 23, 24, 25), (101, 102)
 TUNING_HOURS = 72
-# As ``--tune`` found them, in powers of the rate step.
+# As the search found them on the tuning seeds, in powers of the rate step; none is the highest or lowest that was tried.
 POWERS = {
     "oracle": 6,
     "full-wait": -1,

@@ -11,8 +11,8 @@ from esmm.batch import Kind
 from esmm.delay import METHODS
 from stream_scorer.embedded.delays import DelayMixture
 from tests.bench.learning import RATE_LIMIT, TEST_SEEDS, TUNING_SEEDS, climb
-from tests.bench.learning_report import mean_error, paired, relative_improvement
-from tests.bench.learning_stream import beside, emitted
+from tests.bench.learning_report import Measured, mean_error, paired, relative_improvement, text, write
+from tests.bench.learning_stream import TASKS, beside, emitted
 from tests.bench.learning_world import CLICK_WINDOW, OBSERVATION_WINDOW, Plan, World, facts_of, late_share, make_world
 
 DELAYS = DelayMixture((0.4, 0.6), (0.2, 6.0), 12.0)
@@ -104,3 +104,29 @@ def test_the_search_ends_at_its_limit() -> None:
 
 def test_no_seed_is_both_tuned_and_tested_on() -> None:
     assert not set(TEST_SEEDS) & set(TUNING_SEEDS)
+
+
+def measured(seed: int, nll: dict[str, float]) -> Measured:
+    """A world in which every task and kind has these log losses."""
+    found = {}
+    for method, value in nll.items():
+        metrics = {"auc": 1 - value, "pr_auc": 0.1, "nll": value, "pcoc": 1.0, "ece": 0.0}
+        found[method, 1.0] = {kind: dict.fromkeys(TASKS, metrics) for kind in ("labels", "truth")}
+    return Measured("default", seed, found, {method: [0.9, 1.1] for method in nll}, {}, {"ctr": 0.3})
+
+
+def test_a_report_has_every_file_and_says_what_was_missed(tmp_path) -> None:
+    losses = {"pretrained": 0.3, "oracle": 0.2, "vanilla-dup": 0.22, "mp-es-dfm": 0.23}
+    done = [measured(seed, {m: v + seed / 100 for m, v in losses.items()}) for seed in (1, 2)]
+    tried = {"oracle": {1.0: 0.3, 2.0: 0.2, 3.0: 0.25}, "mp-es-dfm": {1.0: 0.3, 2.0: 0.2}}
+    write(tmp_path, done, tried)
+    header, first = (tmp_path / "learning.csv").read_text().splitlines()[:2]
+    assert header == "setting,method,seed,task,auc,pr_auc,nll,pcoc,ece,ri_auc,ri_nll"
+    assert first.startswith("default,pretrained,1,ctr,")
+    names = {"", "_truth", "_sync", "_days", "_facts", "_rates"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"learning{n}.csv" for n in names} | {"learning.svg"}
+    said = text(done, {"oracle": 2.0}, tried)
+    assert "rate at the edge of those tried: mp-es-dfm" in said
+    assert "NO  NLL less vanilla-dup's +0.010000" in said
+    assert "yes CTCVR PCOC 1.0000" in said
+    assert "NO  RI-NLL 70.0 >= 75" in said
