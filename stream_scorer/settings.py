@@ -72,7 +72,8 @@ class RedisSettings(_Section):
     cache_items: int = Field(100_000, ge=0, description="item rows kept in process")
     cache_ttl_s: float = Field(30.0, ge=0)
     tracking: bool = Field(
-        True, description="have Redis tell which items are written, so that a cached row is never older than that"
+        True,
+        description="have Redis tell which items are written, and ask for them again; without it rows live cache_ttl_s",
     )
     stale_limit_s: float = Field(3_600.0, ge=0, description="a cached row this old may still be served in an outage")
     on_outage: Literal["degrade", "pause", "fail"] = "degrade"

@@ -62,6 +62,9 @@ class FastPredictor:
         graph = script_rows() if config.script else None
         if graph is not None:
             self._rows = ScriptedRows(graph, self._folded, self._table.parts, dtype)
+        elif config.script:
+            self.served = self.served._replace(warning="no TorchScript: operation by operation, which is slower")
+        self._uncompiled = self._rows
         if config.compile and has_compiler():
             self._rows = CompiledRows(self._folded, self._table.parts, dtype, config.buckets)
         elif config.compile:
@@ -105,16 +108,17 @@ class FastPredictor:
     def warm(self) -> None:
         """Run a batch of every bucket size, so that no later batch pays for compiling or for a kernel's first use.
 
-        What does not compile here is run operation by operation, and `served` warns of it.
+        What does not compile here is run without, and `served` warns of it.
         """
         try:
             self._warm()
         except Exception as error:  # compilers fail in any way
             if self._rows is self._eager:
                 raise
-            self._rows = self._eager
-            self.served = self.served._replace(warning=f"not compiled: {type(error).__name__}: {str(error)[:200]}")
-            self._warm()
+            what = "compiled" if isinstance(self._rows, CompiledRows) else "scripted"
+            self._rows = self._uncompiled if what == "compiled" else self._eager
+            self.served = self.served._replace(warning=f"not {what}: {type(error).__name__}: {str(error)[:200]}")
+            self.warm()
 
     def _warm(self) -> None:
         layouts = [self._model.schema.layout(source) for source in SOURCES]

@@ -1,7 +1,8 @@
 """The rows' part as one TorchScript call a batch: it holds no interpreter lock, and needs no compiler.
 
 Operation by operation (rows.py) a batch of 10,000 rows asks for the interpreter lock some hundred times, and waits
-each time that the caller's thread is busy with JSON and Kafka. Here it asks once. Same arithmetic, same chunks.
+each time that the caller's thread is busy with JSON and Kafka. Here it asks once. Same chunks, same results within
+rounding.
 TorchScript is deprecated, but nothing else in torch runs a graph without Python and without a compiler: where it is
 gone, `script_rows` says None and the batch runs operation by operation.
 """

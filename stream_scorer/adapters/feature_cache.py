@@ -97,10 +97,12 @@ class ItemCache:
             return np.zeros(len(slot_I), np.bool_)
         return (slot_I >= 0) & ~self._missing_C[slot_I] & (now_s - self._fetched_s_C[slot_I] <= limit_s)
 
-    def expire(self, items: Iterable[str]) -> None:
-        """These were written: what is held of them is to be asked for again. Their slots and generations stay."""
+    def expire(self, items: Iterable[str]) -> int:
+        """These were written: the rows held of them, so many, are to be asked for again. Slots and generations stay."""
         slot_N = np.array([self._slot_of.get(item, NONE) for item in items], np.int64)
-        self._expires_s_C[slot_N[slot_N >= 0]] = -np.inf
+        held = slot_N[slot_N >= 0]
+        self._expires_s_C[held] = -np.inf
+        return len(held)
 
     def expire_all(self) -> None:
         """Any item may have been written."""

@@ -23,7 +23,7 @@ class KafkaSink:
         self._outage = Outage(config, nothing)
         self._refused: deque[tuple[DeliveryReport, KafkaError]] = deque()
         options = {
-            "linger.ms": 1,  # a batch's results are produced at once, so they are sent together anyway
+            "linger.ms": 1,  # a batch's results come at once: little is won by waiting longer
             "compression.type": "lz4",
             "message.timeout.ms": int(config.delivery_timeout_s * 1000),
             "message.max.bytes": 8 << 20,  # the broker's own limit decides

@@ -17,7 +17,7 @@ from stream_scorer.adapters.redis_link import RedisConfig, RedisLink
 from stream_scorer.adapters.redis_tracking import Invalidations
 from stream_scorer.core.assemble import first_seen
 from stream_scorer.core.deadline import Deadline
-from stream_scorer.core.metric_names import FEATURE_CACHE, FEATURES_MISSING
+from stream_scorer.core.metric_names import FEATURE_CACHE, FEATURE_TRACKING, FEATURES_MISSING
 from stream_scorer.core.packed import DecodedRows, Entity, decode_records
 from stream_scorer.core.records import FeatureRows, Fetched
 from stream_scorer.ports import Metrics
@@ -45,6 +45,7 @@ class RedisFeatures:
         self._defaults = {kind: zero_block(layout, 1) for kind, layout in layouts.items()} | dict(defaults or {})
         self._cache = ItemCache(layouts["item"], config.cache_items, config.cache_ttl_s)
         self._tags = {kind: key_prefixes(kind, config) for kind in layouts}
+        self._tracked = False  # as far as the metric knows
         self._item_keys = f"{config.prefix}:{{i"
         self._changes: Invalidations | None = None
         self._no_fetch = {kind: layout.id_width + layout.dense_width == 0 for kind, layout in layouts.items()}
@@ -54,9 +55,10 @@ class RedisFeatures:
         check_meta(self._config, read_meta(self._config), self._layouts)
 
     def track(self) -> None:
-        """Have the server tell which items are written, where it does; call once, before the first fetch."""
-        self._changes = Invalidations(self._config, self._item_keys)
-        self._changes.start()
+        """Have the server tell which items are written, where it does; call once, after `verify`."""
+        if not self._link.clustered:  # each node tells of its own keys only
+            self._changes = Invalidations(self._config, self._item_keys)
+            self._changes.start()
 
     @property
     def tracking(self) -> bool:
@@ -103,8 +105,11 @@ class RedisFeatures:
             self._cache.expire_all()
         elif keys:
             start = len(self._item_keys.encode())
-            self._cache.expire(key[start:].partition(b"}:")[2].decode(errors="replace") for key in keys)
-            self._count_cache_outcome("changed", len(keys))
+            held = self._cache.expire(key[start:].partition(b"}:")[2].decode(errors="replace") for key in keys)
+            self._count_cache_outcome("changed", held)
+        if self._tracked != self._changes.tracking:
+            self._tracked = not self._tracked
+            self._metrics.set(FEATURE_TRACKING, float(self._tracked))
 
     def _get(self, users: Sequence[str], items: Sequence[str], deadline: Deadline) -> list[bytes | None] | None:
         if not users and not items:

@@ -115,6 +115,11 @@ class RedisLink:
                 raise ConfigurationError(self.config.explain(error)) from None
         return self._client
 
+    @property
+    def clustered(self) -> bool:
+        """Whether this is a cluster. `ConfigurationError` when nobody answers."""
+        return isinstance(self.client(), RedisCluster)
+
     def get(self, keys: Sequence[str], deadline: Deadline) -> list[bytes | None] | None:
         """Values of ``keys`` in one round trip, None where there is none; in a cluster, one command a hash tag.
 

@@ -7,21 +7,22 @@ safety net, and all there is in a cluster, on a server that refuses tracking, an
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import structlog
-from redis import Redis, exceptions
+from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from stream_scorer.adapters.redis_link import FAILURES, RedisConfig
 
 CHANNEL = "__redis__:invalidate"
-LISTEN_S = 1.0  # between two looks at the connection that asked for it
+LISTEN_S = 1.0  # between two looks at the connection that asked for it; it is the one a server may close as idle
 RETRY_S = 2.0
-MOST_WAITING = 1_000_000  # keys not looked at yet; past this everything counts as changed
+MOST_WAITING = 10_000  # keys not looked at yet; past this everything counts as changed, which costs less
 
 _log = structlog.get_logger("stream_scorer.redis")
 
@@ -33,7 +34,7 @@ class Invalidations:
         """``prefix``: of the keys to hear about. Connects to nothing yet."""
         self._config = config
         self._prefix = prefix
-        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._waiting: deque[bytes] = deque()
         self._everything = False
         self._closing = threading.Event()
         self._tracking = threading.Event()
@@ -50,8 +51,8 @@ class Invalidations:
 
     def take(self) -> Sequence[bytes] | None:
         """Keys written since the last call; None when any may have been."""
-        if self._everything or len(self._waiting) == MOST_WAITING:
-            self._everything = False
+        if self._everything:
+            self._everything = False  # first: what is told from here on sets it again
             self._waiting.clear()
             return None
         if not self._waiting:
@@ -65,20 +66,18 @@ class Invalidations:
             self._thread.join()
 
     def _run(self) -> None:
-        said = False
+        said = ""
         while not self._closing.is_set():
             try:
                 self._listen()
-            except exceptions.ResponseError as error:
-                if not said:
-                    _log.warning("no tracking: rows live out their time", error=self._config.explain(error))
-                said = True
             except FAILURES as error:
-                if self._tracking.is_set():
-                    _log.warning("tracking lost: rows live out their time", error=self._config.explain(error))
+                why = self._config.explain(error)
+                if self._tracking.is_set() or why != said:
+                    _log.warning("no tracking: cached rows live out their time", error=why)
+                said = why
             if self._tracking.is_set():
+                self._everything = True  # what was written while nobody knew of the loss
                 self._tracking.clear()
-                self._everything = True  # what was written until we are back will not be told
             self._closing.wait(RETRY_S)
 
     def _listen(self) -> None:
@@ -90,23 +89,29 @@ class Invalidations:
             "retry": Retry(NoBackoff(), 0),
         }
         with Redis.from_url(self._config.url, **options) as asks, Redis.from_url(self._config.url, **options) as hears:
-            ear = hears.connection_pool.get_connection()
+            # connections, not clients: a client would connect again by itself, and nobody would track for it
+            asking, ear = asks.connection_pool.get_connection(), hears.connection_pool.get_connection()
             number = _answer(ear, "CLIENT", "ID")  # before it subscribes: then it may ask nothing else
             _answer(ear, "SUBSCRIBE", CHANNEL)
-            asks.execute_command("CLIENT TRACKING", "ON", "REDIRECT", number, "BCAST", "PREFIX", self._prefix)
+            _answer(asking, "CLIENT", "TRACKING", "ON", "REDIRECT", number, "BCAST", "PREFIX", self._prefix)
             self._everything = True  # written before we listened
             self._tracking.set()
+            _log.info("tracking: cached rows are asked for again when they are written")
             while not self._closing.is_set():
-                if not ear.can_read(timeout=LISTEN_S):
-                    asks.ping()
-                    continue
-                keys = ear.read_response()[2]
-                if keys is None:  # the database was emptied
-                    self._everything = True
-                else:
-                    self._waiting.extend(keys)
+                give_up = time.monotonic() + LISTEN_S
+                while time.monotonic() < give_up and not self._closing.is_set():
+                    if ear.can_read(timeout=LISTEN_S):
+                        self._heard(ear.read_response()[2])
+                _answer(asking, "PING")
+
+    def _heard(self, keys: list[bytes] | None) -> None:
+        """None: the database was emptied."""
+        if keys is None or len(self._waiting) + len(keys) > MOST_WAITING:
+            self._everything = True
+        elif not self._everything:
+            self._waiting.extend(keys)
 
 
-def _answer(connection: Any, *words: str) -> Any:
+def _answer(connection: Any, *words: object) -> Any:
     connection.send_command(*words)
     return connection.read_response()

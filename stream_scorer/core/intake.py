@@ -35,6 +35,7 @@ class Intake:
         self._max_records = max_records
         self._waiting: deque[Arrival] = deque()
         self._waiting_rows = 0
+        self.full = False  # the batch last taken had no room for another request
         self._rows_per_record = START_ROWS
 
     def __len__(self) -> int:
@@ -79,6 +80,8 @@ class Intake:
             rows += size
             out.append(waiting.popleft())
         self._waiting_rows -= rows
+        # the poll asks for what is expected to fit, so that seldom anything is left over
+        self.full = bool(waiting) or rows + 2 * self._rows_per_record > self._max_rows
         return out
 
     def put_back(self, arrivals: Sequence[Arrival]) -> None:

@@ -26,7 +26,9 @@ REJECTED = Metric("rejected_total", "counter", "messages sent to score-rejects",
 STALE_EPOCH = Metric("stale_epoch_total", "counter", "results dropped because their partition had moved")
 BATCH_ROWS = Metric("batch_rows", "histogram", "candidate rows a batch", (), ROWS)
 BATCH_LIMIT = Metric("batch_rows_limit", "gauge", "candidate rows a batch may have now")
-STAGE_SECONDS = Metric("stage_seconds", "histogram", "time a batch spends in a stage; batch: all but read and decode", ("stage",), SECONDS)
+STAGE_SECONDS = Metric(
+    "stage_seconds", "histogram", "time a batch spends in a stage; batch: all but read and decode", ("stage",), SECONDS
+)
 LATENCY_SECONDS = Metric("latency_seconds", "histogram", "request timestamp to scored", (), SECONDS)
 LAG = Metric("lag_records", "gauge", "records behind the end of the assigned partitions")
 OFFSET_GAPS = Metric("offset_gap_records_total", "counter", "records skipped because the broker had dropped them")
@@ -35,7 +37,10 @@ FEATURES_MISSING = Metric(
     "features_missing_total", "counter", "entities scored with a default vector", ("entity", "reason")
 )
 FEATURES_DEGRADED = Metric("features_degraded_total", "counter", "batches scored without the feature store")
-FEATURE_CACHE = Metric("feature_cache_total", "counter", "item rows by cache outcome", ("outcome",))
+FEATURE_CACHE = Metric(
+    "feature_cache_total", "counter", "item rows by cache outcome; changed: written while cached", ("outcome",)
+)
+FEATURE_TRACKING = Metric("feature_tracking", "gauge", "1 while Redis tells which items are written")
 # hot swap
 MODEL_VERSION = Metric("model_version", "gauge", "model version being served")
 MODEL_SWAPS = Metric("model_swaps_total", "counter", "versions taken into service")

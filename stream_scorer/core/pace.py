@@ -27,16 +27,16 @@ class Pace:
         """At most ``max_rows``, at least `LEAST_ROWS` of them."""
         return int(self._rows)
 
-    def took(self, rows: int, seconds: float) -> None:
-        """A batch of ``rows`` rows was published ``seconds`` after it was read.
+    def took(self, full: bool, seconds: float) -> None:
+        """Hear that a batch took ``seconds``; ``full``: it held as many requests as were allowed.
 
-        A batch that was not full says nothing about larger ones; the one in flight behind a slow one was as large.
+        One that was not full says nothing about sizes, late or not. The one in flight behind a slow one was as large.
         """
-        if self._target_s <= 0:
+        if self._target_s <= 0 or not full:
             return
         late = seconds > self._target_s
         if late and not self._cut:
-            self._rows = max(min(self._rows, float(rows)) * DOWN, min(LEAST_ROWS, self._max_rows))
-        elif not late and rows >= DOWN * self._rows:
+            self._rows = max(self._rows * DOWN, min(LEAST_ROWS, self._max_rows))
+        elif not late:
             self._rows = min(self._rows * (1 + UP), float(self._max_rows))
         self._cut = late and not self._cut

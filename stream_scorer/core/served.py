@@ -196,7 +196,7 @@ def decode_served(record: Record, layout: ServedLayout) -> ServedRequest | Rejec
     if not all(np.isfinite(values).all() for values in dense if values.size):
         return Reject(record, "nonfinite", "a feature is not finite")
     ctr_K, ctcvr_K = served.ctr_K, served.ctcvr_K  # a comparison with NaN is false, and least and greatest keep NaN
-    if not (_LEAST(ctcvr_K) >= 0 and _LEAST(ctr_K - ctcvr_K) >= 0 and _GREATEST(ctr_K) <= 1):
+    if not (_LEAST(ctcvr_K) >= 0 and _GREATEST(ctr_K) <= 1 and _LEAST(ctr_K - ctcvr_K) >= 0):
         return Reject(record, "nonfinite", "a score is no probability, or ctcvr is above ctr")
     return served
 

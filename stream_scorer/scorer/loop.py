@@ -191,7 +191,9 @@ class Scorer:
         batch = assemble(requests, batch_plan, fetched, self._policy.limits.context)
         pending = predictor.launch(batch)
         launched_s = timed(self._ports, "assemble", fetched_s)
-        return Work(requests, records, batch_plan, fetched, batch, predictor, pending, planned_s, launched_s)
+        return Work(
+            requests, records, batch_plan, fetched, batch, predictor, pending, self._intake.full, planned_s, launched_s
+        )
 
     def _accept(self, fetched: Fetched, now_s: float) -> bool:
         """Whether to score with what the feature store gave; it may have been out of reach."""
@@ -220,7 +222,7 @@ class Scorer:
         unscorable = self._publisher.publish(flight)
         if flight.work is not None:
             began_s = flight.work.planned_s
-            self._pace.took(flight.work.plan.rows, timed(self._ports, "batch", began_s) - began_s)
+            self._pace.took(flight.work.full, timed(self._ports, "batch", began_s) - began_s)
             self._intake.limit(self._pace.rows)
             self._ports.metrics.set(names.BATCH_LIMIT, self._pace.rows)
         if unscorable:

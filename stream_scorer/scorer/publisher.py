@@ -32,7 +32,8 @@ class Work(NamedTuple):
     batch: RankBatch
     predictor: Predictor
     pending: Any
-    planned_s: float
+    full: bool  # no room for another request
+    planned_s: float  # when its features were asked for
     launched_s: float
 
 

@@ -13,6 +13,7 @@ import pytest
 from redis import Redis
 
 from esmm.batch import FeatureBlock, Slot, SourceLayout
+from stream_scorer.adapters import redis_tracking
 from stream_scorer.adapters.redis import FeatureWriter, RedisConfig, RedisFeatures
 from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.errors import ConfigurationError, RecoverableError
@@ -394,21 +395,34 @@ def tracked(server: RedisServer, **settings: object) -> Bench:
     return bench
 
 
+def eventually_rows(bench: Bench, ids: list[str], seed: int) -> None:
+    """The store gives these rows, written with ``seed``, within the patience of a test."""
+    wanted = block(ITEM, seed, len(ids)).ids_NS
+
+    def there() -> bool:
+        return bool((bench.store.fetch([], ids, NOW_MS, soon()).items.block.ids_NS == wanted).all())
+
+    wait_until(there, f"rows {seed}")
+
+
+def kill(server: RedisServer, flag: str) -> None:
+    """Close the one connection with this flag: P listens, t asked for tracking."""
+    with Redis.from_url(server.url) as client:
+        found = [one["id"] for one in client.client_list() if flag in one["flags"]]
+        assert len(found) == 1, client.client_list()
+        client.client_kill_filter(_id=found[0])
+
+
 def test_a_cached_item_is_asked_for_again_as_soon_as_it_is_written(server: RedisServer) -> None:
     bench = tracked(server, prefix="a}:b")
     bench.write(["i1", "i2", "ü"])
-    before = bench.store.fetch([], ["i1", "i2", "ü"], NOW_MS, soon()).items
+    eventually_rows(bench, ["i1", "i2", "ü"], 0)
+    before = bench.store.fetch([], ["i1"], NOW_MS, soon()).items.block.ids_NS
     bench.write(["i2", "ü"], seed=7)
-    wait_until(lambda: bench.store.fetch([], ["i2"], NOW_MS, soon()).items.event_ms_N.tolist() == [NOW_MS], "i2")
-    wanted = block(ITEM, 7, 2)
-
-    def now_new() -> bool:
-        found = bench.store.fetch([], ["i1", "i2", "ü"], NOW_MS, soon()).items
-        np.testing.assert_array_equal(found.block.ids_NS[0], before.block.ids_NS[0])
-        return bool((found.block.ids_NS[1:] == wanted.ids_NS).all())
-
-    wait_until(now_new, "the new rows")
+    eventually_rows(bench, ["i2", "ü"], 7)
+    np.testing.assert_array_equal(bench.store.fetch([], ["i1"], NOW_MS, soon()).items.block.ids_NS, before)
     assert bench.metrics.count(FEATURE_CACHE, "changed") >= 2
+    assert bench.metrics.gauges["feature_tracking",] == 1
     bench.close()
 
 
@@ -416,39 +430,92 @@ def test_an_item_that_was_not_there_is_found_as_soon_as_it_is_written(server: Re
     bench = tracked(server)
     assert bench.store.fetch([], ["new"], NOW_MS, soon()).items.missing_N.tolist() == [True]
     bench.write(["new"])
-    wait_until(lambda: not bench.store.fetch([], ["new"], NOW_MS, soon()).items.missing_N[0], "new")
+    eventually_rows(bench, ["new"], 0)
     bench.close()
 
 
-def test_when_the_connection_was_gone_everything_is_asked_for_again(server: RedisServer) -> None:
+@pytest.mark.parametrize("flag", ["P", "t"])
+def test_when_a_connection_was_gone_everything_is_asked_for_again(server: RedisServer, flag: str) -> None:
     bench = tracked(server)
     bench.write(["i1"])
-    bench.store.fetch([], ["i1"], NOW_MS, soon())
-    client = Redis.from_url(server.url)
-    listening = [one for one in client.client_list() if one["sub"] == "1"]
-    assert len(listening) == 1
-    client.client_kill_filter(_id=listening[0]["id"])
+    eventually_rows(bench, ["i1"], 0)
+    kill(server, flag)
     wait_until(lambda: not bench.store.tracking, "the loss")
+    bench.store.fetch([], ["i1"], NOW_MS, soon())  # takes the news of the loss
     bench.write(["i1"], seed=9)  # nobody hears of it
-    wanted = block(ITEM, 9).ids_NS
-    wait_until(
-        lambda: bool((bench.store.fetch([], ["i1"], NOW_MS, soon()).items.block.ids_NS == wanted).all()), "the new row"
-    )
-    client.close()
+    wait_until(lambda: bench.store.tracking, "tracking again")
+    eventually_rows(bench, ["i1"], 9)
     bench.close()
 
 
-def test_a_server_that_refuses_tracking_is_used_without(server: RedisServer) -> None:
-    client = Redis.from_url(server.url)
-    client.execute_command("ACL SETUSER quiet on >word ~* &* +@all -client|tracking")
-    bench = Bench(server)
+def test_what_is_written_between_the_loss_and_its_discovery_is_asked_for_again(server: RedisServer) -> None:
+    bench = tracked(server)
     bench.write(["i1"])
-    limited = RedisConfig(server.url.replace("redis://", "redis://quiet:word@"), budget_s=2.0)
-    store = RedisFeatures(limited, LAYOUTS, FakeMetrics())
-    store.track()
-    assert not store.fetch([], ["i1"], NOW_MS, soon()).items.missing_N[0]
-    assert not store.tracking
-    store.close()
-    client.execute_command("ACL DELUSER quiet")
-    client.close()
+    eventually_rows(bench, ["i1"], 0)
+    kill(server, "t")  # its loss is seen at the next ping
+    bench.write(["i1"], seed=5)
+    wait_until(lambda: not bench.store.tracking, "the loss")
+    np.testing.assert_array_equal(
+        bench.store.fetch([], ["i1"], NOW_MS, soon()).items.block.ids_NS, block(ITEM, 5).ids_NS
+    )
+    bench.close()
+
+
+def test_an_emptied_database_is_heard_of(server: RedisServer) -> None:
+    bench = tracked(server)
+    bench.write(["i1"])
+    eventually_rows(bench, ["i1"], 0)
+    with Redis.from_url(server.url) as client:
+        client.flushall()
+    wait_until(lambda: bool(bench.store.fetch([], ["i1"], NOW_MS, soon()).items.missing_N[0]), "missing")
+    bench.close()
+
+
+def test_many_writes_at_once_cost_the_next_batch_little(server: RedisServer) -> None:
+    bench = tracked(server)
+    bench.write(["i0"])
+    eventually_rows(bench, ["i0"], 0)
+    ids = [f"i{at}" for at in range(3 * redis_tracking.MOST_WAITING)]
+    bench.write(ids, seed=3)
+    changes = bench.store._changes
+    assert changes is not None
+    wait_until(lambda: changes._everything, "too many to tell")
+    assert len(changes._waiting) <= redis_tracking.MOST_WAITING
+    wanted = block(ITEM, 3, len(ids)).ids_NS[:1]
+    np.testing.assert_array_equal(bench.store.fetch([], ["i0"], NOW_MS, soon()).items.block.ids_NS, wanted)
+    bench.close()
+
+
+def test_a_server_that_refuses_tracking_is_used_without(
+    server: RedisServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Redis.from_url(server.url) as client:
+        client.execute_command("ACL SETUSER quiet on >word ~* &* +@all -client|tracking")
+        bench = Bench(server)
+        bench.write(["i1"])
+        limited = RedisConfig(server.url.replace("redis://", "redis://quiet:word@"), budget_s=2.0)
+        store = RedisFeatures(limited, LAYOUTS, FakeMetrics())
+        store.track()
+        said = ""
+
+        def refused() -> bool:
+            nonlocal said
+            said += capsys.readouterr().out
+            return "no tracking" in said
+
+        wait_until(refused, "the warning")
+        assert not store.tracking
+        for _ in range(2):
+            assert not store.fetch([], ["i1"], NOW_MS, soon()).items.missing_N[0]
+        assert store._metrics.count(FEATURE_CACHE, "hit") == 1  # cached as ever
+        store.close()
+        client.execute_command("ACL DELUSER quiet")
+        bench.close()
+
+
+@pytest.mark.real_redis
+def test_a_cluster_is_not_tracked(cluster: RedisServer) -> None:
+    bench = Bench(cluster, prefix="quiet")
+    bench.store.track()
+    assert bench.store._changes is None
     bench.close()

@@ -11,7 +11,7 @@ def run(pace: Pace, seconds_a_row: float, batches: int, target_s: float, noise: 
     for _ in range(batches):
         rows = pace.rows
         took = rows * seconds_a_row * (1 + noise * rng.standard_normal())
-        pace.took(rows, took)
+        pace.took(True, took)
         late += took > target_s
         sizes.append(rows)
     return late / batches, sizes
@@ -39,13 +39,17 @@ def test_a_target_out_of_reach_ends_at_the_least_rows_and_an_easy_one_at_the_mos
     assert run(small, 1.0, 20, 0.001)[1][-1] == 10
 
 
-def test_small_batches_do_not_raise_the_limit() -> None:
+def test_batches_that_are_not_full_change_nothing() -> None:
     pace = Pace(10_000, 0.010)
-    pace.took(10_000, 1.0)
-    pace.took(10_000, 0.001)
+    pace.took(True, 1.0)
     before = pace.rows
-    for _ in range(100):
-        pace.took(50, 0.001)
-    assert pace.rows == before < 10_000
-    pace.took(50, 1.0)  # something else is slow: no larger than this one, then
-    assert pace.rows == LEAST_ROWS
+    for seconds in (0.001, 1.0) * 50:
+        pace.took(False, seconds)
+    assert pace.rows == before == 8_000
+
+
+def test_only_one_of_two_batches_in_flight_cuts() -> None:
+    pace = Pace(10_000, 0.010)
+    pace.took(True, 1.0)
+    pace.took(True, 1.0)  # launched before the first was known to be late
+    assert pace.rows == 8_000

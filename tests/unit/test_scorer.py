@@ -573,3 +573,20 @@ def test_batches_shrink_where_a_target_binds(monkeypatch: pytest.MonkeyPatch) ->
     assert max(sizes) > 500, "before the first one was seen to take too long"
     assert all(100 <= size <= 300 for size in sizes[-10:-1])
     assert made.metrics.gauges["batch_rows_limit",] <= 300
+
+
+@pytest.mark.parametrize("items", [3, 50, 100])
+def test_batches_grow_again_after_a_slow_spell(items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names_ = [f"i{at}" for at in range(items)]
+    made = world(requests(90_000 // items, items=names_), max_rows=400, target_s=0.5)
+    fetch, sizes = made.features.fetch, []
+
+    def slow_at_first(users: list[str], asked: list[str], now_ms: int, deadline: Deadline) -> Fetched:
+        sizes.append(len(asked))
+        made.clock.advance(60.0 if len(sizes) <= 120 else 0.001)
+        return fetch(users, asked, now_ms, deadline)
+
+    monkeypatch.setattr(made.features, "fetch", slow_at_first)
+    made.finish()
+    assert sizes[119] <= max(items, 64)
+    assert sizes[-10] > 300

@@ -120,6 +120,9 @@ def main() -> int:
     args = arguments()
     torch.set_num_threads(1)
     real = bool(os.environ.get("KAFKA_HOME"))
+    if not real and (args.soak or args.latency):
+        print("--soak and --latency need Apache Kafka: set KAFKA_HOME")
+        return 2
     everyone = chosen(args)
     if any(one.kind == "quix" for one in everyone):
         peers_python()

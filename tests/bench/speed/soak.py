@@ -44,6 +44,8 @@ def run(world: World, args: argparse.Namespace) -> dict[str, Any]:
         while time.monotonic() - began < 60 * args.soak:
             time.sleep(SAMPLE_S)
             running.check()
+            if not all(feed.is_alive() for feed in feeds):
+                raise RuntimeError("a feed ended")
             samples.append((time.monotonic() - began, sum(map(_resident, running.pids)) / 2**20))
         scored = measure._end(world, world.consumer(), "out-soak") - first
         spent = time.monotonic() - began
