@@ -25,8 +25,8 @@ def settle() -> None:
 def keep_freed_memory() -> bool:
     """Ask glibc to keep what a batch frees for the next one, where it would go back and be faulted in again.
 
-    False where this is not glibc. Arrays of up to `MMAP_BYTES` then come from the heap, which only shrinks at its top: the
-    process stays about as large as it once was.
+    False where this is not glibc. Arrays of up to `MMAP_BYTES` then come from the heap, which only shrinks at its top:
+    the process stays about as large as it once was.
     """
     if not sys.platform.startswith("linux"):
         return False
