@@ -133,7 +133,7 @@ class KafkaHome:
 
 def answers(port: int) -> bool:
     """Whether a broker on this loopback port answers an ApiVersions request (it does once it is registered)."""
-    request = bytes.fromhex("0012" "0000" "00000001" "ffff")  # key 18, version 0, correlation 1, no client id
+    request = bytes.fromhex("0012000000000001ffff")  # key 18, version 0, correlation 1, no client id
     try:
         with socket.create_connection(("127.0.0.1", port), 0.5) as link:
             link.settimeout(1.0)
