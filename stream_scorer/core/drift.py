@@ -6,6 +6,8 @@ Three questions, each over enough rows to be answered, and never over a step alo
   slot, further from its slow average than ``sigmas`` standard errors, and by more than ``tolerance`` of its size? Rows
   come in clusters (the items of one request share a user), so ``cluster_rows`` rows say as much as one; a column that
   moves together more than that is known by its own history. Values far out are cut, so that a few of them are no shift.
+  Columns of items may move by ``picked`` standard deviations of their values too: which items are shown is the model's
+  choice, a new model chooses others, and the best ten of fifty by a normal column lie 1.4 above the middle.
   Of ids only the loss is judged.
 - *constant*: has a dense column shown one value for ``CONSTANT_ROWS`` rows, that never did so for `OFTEN_ROWS` before?
 - *clicks*, *conversions*: has the share of clicks (of impressions) or of conversions (of clicks) changed, over at least
@@ -54,6 +56,7 @@ class DriftPolicy:
     sigmas: float = 8.0
     label_sigmas: float = 5.0
     tolerance: float = 0.5  # of the average's size: slow change is the learner's business, not the alarm's
+    picked: float = 1.5  # standard deviations that an item's column may move as well: a new model shows other items
     cluster_rows: float = 10.0  # this many rows say as much as one
     warmup_rows: int = 5_000
     half_life_rows: float = 20_000.0
@@ -154,6 +157,7 @@ class _Columns:
     def __init__(self, policy: DriftPolicy) -> None:
         self._policy = policy
         self._dense = 0  # so many of the columns
+        self._picked = slice(0)  # of them, the items': which ones are shown is the model's choice
         self.forget()
 
     def forget(self) -> None:
@@ -186,7 +190,8 @@ class _Columns:
 
     def _look(self, examples: Examples) -> Float64:
         blocks = (examples.user, examples.item, examples.context)
-        self._dense = sum(block.dense_ND.shape[1] for block in blocks)
+        users, items, others = (block.dense_ND.shape[1] for block in blocks)
+        self._dense, self._picked = users + items + others, slice(users, users + items)
         parts = [block.dense_ND for block in blocks] + [block.ids_NS != 0 for block in blocks]
         return np.concatenate([part.astype(np.float64) for part in parts], axis=1)
 
@@ -237,11 +242,13 @@ class _Columns:
         judged_C[self._dense :] = self._mean_C[self._dense :] >= ID_SHARE
         variance_C = self._variances()
         size_C = np.maximum(np.abs(self._mean_C), np.sqrt(variance_C))
+        room_C = policy.tolerance * size_C
+        room_C[self._picked] = np.maximum(room_C, policy.picked * np.sqrt(variance_C))[self._picked]
         of_average = policy.cluster_rows / min(self._rows, policy.half_life_rows)
         for scale, rows, mean_C, cut_C in self._recent():
             effect_C = np.maximum(self._effect_LC[scale], policy.cluster_rows)
             allowed_C = strict * policy.sigmas * np.sqrt(variance_C * (effect_C / rows + of_average)) + 1e-12
-            large_C = judged_C & (np.abs(mean_C - self._mean_C) > strict * policy.tolerance * size_C)
+            large_C = judged_C & (np.abs(mean_C - self._mean_C) > strict * room_C)
             large_C[self._dense :] &= (cut_C < self._mean_C)[self._dense :]
             excess_C = np.where(large_C, np.abs(cut_C - self._mean_C) / allowed_C, 0.0)
             at = int(excess_C.argmax()) if len(excess_C) else 0

@@ -173,6 +173,25 @@ def test_among_clustered_rows_a_broken_column_is_found(column: int, value: float
     assert not any(learned[375:])
 
 
+@pytest.mark.parametrize(("source", "learned"), [("item", True), ("user", False)])
+def test_another_model_shows_other_items_but_not_other_users(source: str, learned: bool) -> None:
+    rng, alarm = np.random.default_rng(4), DriftAlarm(POLICY, CLICK_MS, OBSERVE_MS)
+
+    def step(now_ms: int, picky: bool) -> Examples:
+        """The first ten of fifty, or the ten with the largest value in the first column."""
+        value = np.sort(rng.normal(0, 1, (40, 50)), axis=1)[:, -10:] if picky else rng.normal(0, 1, (40, 10))
+        dense = np.stack([value.ravel(), rng.normal(0, 1, 400)], axis=1).astype(np.float32)
+        chosen = FeatureBlock(rng.integers(1, 9, (400, 1)), dense)
+        other = FeatureBlock(np.zeros((400, 0), np.int64), np.zeros((400, 0), np.float32))
+        blocks = (other, chosen, other) if source == "item" else (chosen, other, other)
+        click = (rng.random(400) < 0.1).astype(np.float32)
+        return examples(blocks, np.full(400, Kind.FIRST), click, click * 0, now_ms + np.arange(400))
+
+    verdicts = [alarm.check(step(400 * at, picky=at >= 60)).learn for at in range(90)]
+    assert all(verdicts[:60])
+    assert all(verdicts[60:]) is learned
+
+
 def test_nothing_is_judged_while_too_few_rows_were_seen() -> None:
     stream, alarm = Stream(0), DriftAlarm(POLICY, CLICK_MS, OBSERVE_MS)
     for _ in range(8):
