@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from esmm.predictor.config import Pending, PredictorConfig, Served
 from esmm.predictor.fold import fold
 from esmm.predictor.plain import scores_of
 from esmm.predictor.rows import EagerRows
-from esmm.predictor.scripted import ScriptedRows, script_rows
+from esmm.predictor.scripted import Inputs, ScriptedRows, script_rows
 from esmm.predictor.table import PartTable
 
 QUEUE = 2  # batches launched and not yet computed; a third launch waits
@@ -36,6 +37,17 @@ class PredictorStats:
     item_hits: int = 0
     users: int = 0
     padded: int = 0  # rows computed for nothing, to fill buckets
+
+
+class _Slice(NamedTuple):
+    """Rows ready to be computed; B rows, S parts a row."""
+
+    user: FeatureBlock
+    missed: FeatureBlock | None  # items whose parts are to be computed; None: none
+    rows_M: Int64  # table rows of their parts
+    context: FeatureBlock
+    parts_BS: Int64  # table rows
+    epoch: int
 
 
 class FastPredictor:
@@ -61,7 +73,7 @@ class FastPredictor:
         self._rows: EagerRows | ScriptedRows | CompiledRows = self._eager
         graph = script_rows() if config.script else None
         if graph is not None:
-            self._rows = ScriptedRows(graph, self._folded, self._table.parts, dtype)
+            self._rows = ScriptedRows(graph, self._folded, self._table.parts, dtype, self._table.first_user)
         elif config.script:
             self.served = self.served._replace(warning="no TorchScript: operation by operation, which is slower")
         self._uncompiled = self._rows
@@ -69,6 +81,8 @@ class FastPredictor:
             self._rows = CompiledRows(self._folded, self._table.parts, dtype, config.buckets)
         elif config.compile:
             self.served = self.served._replace(warning="no C++ compiler: not compiled")
+        self._epoch = self._tags_epoch = 0  # the first: batches that failed so far; the second: as far as the tags know
+        self._no_items = torch.zeros((0, len(self._folded.first["item"])))
         self._slots = threading.Semaphore(QUEUE)
         self._thread = ThreadPoolExecutor(1, f"predictor-{version}", torch.set_num_threads, (config.threads,))
 
@@ -84,9 +98,15 @@ class FastPredictor:
 
     def launch(self, batch: RankBatch) -> Pending:
         """Start computing; waits only when `QUEUE` batches are on their way. Raises RuntimeError once closed."""
+        try:
+            slices = self._prepare(batch)
+        except Exception as error:  # noqa: BLE001  raised where the result is asked for, as what computing raises
+            failed: Future[Scores] = Future()
+            failed.set_exception(error)
+            return Pending(batch.rows, failed)
         self._slots.acquire()
         try:
-            future = self._thread.submit(self._scores, batch)
+            future = self._thread.submit(self._scores, slices)
         except RuntimeError:
             self._slots.release()
             raise
@@ -103,7 +123,7 @@ class FastPredictor:
 
     def logits(self, batch: RankBatch) -> Float32:
         """logits_B2 of a batch, waited for: what `precision_error` compares."""
-        return self._thread.submit(self._logits, batch).result()
+        return self._thread.submit(self._logits, self._prepare(batch)).result()
 
     def warm(self) -> None:
         """Run a batch of every bucket size, so that no later batch pays for compiling or for a kernel's first use.
@@ -131,52 +151,77 @@ class FastPredictor:
     def _finished(self, _: Future[Scores]) -> None:
         self._slots.release()
 
-    def _scores(self, batch: RankBatch) -> Scores:
-        return scores_of(self._logits(batch), self._version)
+    # In the caller's thread: which parts are where. No torch, so that nothing waits for the compute thread.
 
-    @torch.inference_mode()
-    def _logits(self, batch: RankBatch) -> Float32:
+    def _prepare(self, batch: RankBatch) -> list[_Slice]:
+        """Slices of at most ``max_rows`` rows, users and items, with a place for each of their parts."""
+        if self._tags_epoch != self._epoch:  # a batch failed: what it was to write may be tagged
+            self._tags_epoch = self._epoch
+            self._table.forget()
         limit = self._config.max_rows
         if max(batch.rows, batch.user.rows, batch.item.rows) <= limit:
-            return self._slice(batch)
-        slices = [self._slice(_narrow(batch, slice(at, at + limit))) for at in range(0, batch.rows, limit)]
-        return np.concatenate([np.zeros((0, 2), np.float32), *slices])
+            return [self._place(batch)]
+        return [self._place(_narrow(batch, slice(at, at + limit))) for at in range(0, batch.rows, limit)]
 
-    def _slice(self, batch: RankBatch) -> Float32:
-        """At most ``max_rows`` rows, users and items."""
-        self._table.write_users(self._part("user", batch.user) + self._folded.bias_T)
-        parts = [self._table.first_user + batch.user_of_B]
-        if len(self._folded.first["item"]):
-            parts.append(self._place_items(batch)[batch.item_of_B])
+    def _place(self, batch: RankBatch) -> _Slice:
+        parts, missed, rows_M = [self._table.first_user + batch.user_of_B], None, np.zeros(0, np.int64)
         self.stats.batches += 1
         self.stats.rows += batch.rows
         self.stats.users += batch.user.rows
-        parts_BS, context_BD = np.stack(parts, 1), self._embed("context", batch.context)
-        logits_B2 = self._rows.logits(parts_BS, context_BD)
-        if isinstance(self._rows, CompiledRows):
-            self.stats.padded, self._rows.padded = self.stats.padded + self._rows.padded, 0
-        if not self._table.clean:
-            logits_B2[self._table.poisoned[parts_BS].any(1)] = np.nan
+        if len(self._folded.first["item"]):
+            placement = self._table.place(batch.item_slot_I, batch.item_generation_I)
+            if len(placement.missed_M):
+                missed = batch.item.take(placement.missed_M)
+                rows_M = self._table.claim(placement, batch.item_slot_I, batch.item_generation_I)
+            parts.append(placement.row_I[batch.item_of_B])
+            self.stats.items += batch.item.rows
+            self.stats.item_hits += batch.item.rows - len(rows_M)
+        return _Slice(batch.user, missed, rows_M, batch.context, np.stack(parts, 1), self._tags_epoch)
+
+    # In the compute thread
+
+    def _scores(self, slices: list[_Slice]) -> Scores:
+        return scores_of(self._logits(slices), self._version)
+
+    @torch.inference_mode()
+    def _logits(self, slices: list[_Slice]) -> Float32:
+        if any(one.epoch != self._epoch for one in slices):
+            raise RuntimeError(
+                "a batch launched before this one failed, and this one may need its parts: launch it again"
+            )
+        try:
+            done = [self._compute(one) for one in slices]
+        except BaseException:
+            self._epoch += 1
+            raise
+        return done[0] if len(done) == 1 else np.concatenate([np.zeros((0, 2), np.float32), *done])
+
+    def _compute(self, one: _Slice) -> Float32:
+        user_UD, context_BD = self._embed("user", one.user), self._embed("context", one.context)
+        item_MD = self._no_items if one.missed is None else self._embed("item", one.missed)
+        rows, table = self._rows, self._table
+        if isinstance(rows, ScriptedRows):
+            logits_B2, bad_U, bad_M = rows.logits(one.parts_BS, Inputs(user_UD, item_MD, one.rows_M, context_BD))
+            table.watch_users(bad_U)
+            table.watch(one.rows_M, bad_M)
+        else:
+            table.write_users(user_UD @ self._folded.first["user"] + self._folded.bias_T)
+            if one.missed is not None:
+                table.write_items(one.rows_M, item_MD @ self._folded.first["item"])
+            logits_B2 = rows.logits(one.parts_BS, context_BD)
+        if isinstance(rows, CompiledRows):
+            self.stats.padded, rows.padded = self.stats.padded + rows.padded, 0
+        if not table.clean:
+            logits_B2[table.poisoned[one.parts_BS].any(1)] = np.nan
         if context_BD.shape[1]:
             logits_B2[~torch.isfinite(context_BD.sum(1)).cpu().numpy()] = np.nan
         return logits_B2
 
-    def _place_items(self, batch: RankBatch) -> Int64:
-        """Table rows of the batch's items, every part of them valid."""
-        placement = self._table.place(batch.item_slot_I, batch.item_generation_I)
-        if len(placement.missed_M):
-            part_MT = self._part("item", batch.item.take(placement.missed_M))
-            self._table.write_items(placement, part_MT, batch.item_slot_I, batch.item_generation_I)
-        self.stats.items += batch.item.rows
-        self.stats.item_hits += batch.item.rows - len(placement.missed_M)
-        return placement.row_I
-
-    def _part(self, source: Source, block: FeatureBlock) -> torch.Tensor:
-        """part_NT of the first layer, float32."""
-        return self._embed(source, block) @ self._folded.first[source]
-
     def _embed(self, source: Source, block: FeatureBlock) -> torch.Tensor:
+        """The model's x of one source."""
         ids_NS, dense_ND = (torch.from_numpy(array).to(self._config.device) for array in block)
+        if not ids_NS.shape[1]:  # dense features go in as they are
+            return dense_ND
         return self._model.embed_source(source, ids_NS, dense_ND)
 
 

@@ -12,25 +12,46 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from esmm.batch import Float32, Int64
+from esmm.batch import Bool, Float32, Int64
 from esmm.predictor.fold import Folded
 from esmm.predictor.rows import chunk_rows, pack
 
-RowsGraph = Callable[..., Tensor]
+RowsGraph = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class Inputs(NamedTuple):
+    """What a batch brings, float32: x of its users, of the items whose parts are missing, and of its rows' context."""
+
+    user_UD: Tensor
+    item_MD: Tensor
+    rows_M: Int64  # table rows of the missing parts
+    context_BD: Tensor
+
+
+class Result(NamedTuple):
+    """logits_B2, float32, and which of the parts written were not finite."""
+
+    logits_B2: Float32
+    bad_U: Bool
+    bad_M: Bool
 
 
 class ScriptedRows:
-    """As `EagerRows`; ``table`` is written by others and read here."""
+    """Writes the parts a batch brings into ``table``, and computes its rows."""
 
-    def __init__(self, graph: RowsGraph, folded: Folded, table: Tensor, dtype: torch.dtype) -> None:
-        """``graph``: what `script_rows` gave."""
+    def __init__(self, graph: RowsGraph, folded: Folded, table: Tensor, dtype: torch.dtype, first_user: int) -> None:
+        """``graph``: what `script_rows` gave. ``first_user``: the table row of a batch's user 0."""
         self._graph = graph
-        self._table = table.view(-1, folded.width // 2)
+        self._table_RT = table
         self._dtype = dtype
+        self._first_user = first_user
+        self._first = folded.first
+        self._bias_T = folded.bias_T
         self._chunk = chunk_rows(folded.width * dtype.itemsize)
         context_DT = folded.first["context"]
         context_D2H = context_DT.view(len(context_DT), 2, folded.width // 2)
@@ -49,12 +70,14 @@ class ScriptedRows:
         self._final_2K = folded.final_2K
         self._final_bias = folded.final_bias
 
-    def logits(self, parts_BS: Int64, context_BD: Tensor) -> Float32:
-        """Table rows to add for every batch row, and the context's x -> logits_B2, float32."""
-        logits_B2: Float32 = self._graph(
-            self._table,
+    def logits(self, parts_BS: Int64, inputs: Inputs) -> Result:
+        """Table rows to add for every batch row -> its logits; first the parts that the batch brings are written."""
+        logits_B2, bad_U, bad_M = self._graph(
+            self._table_RT,
+            (inputs.user_UD, self._first["user"], self._bias_T, self._first_user),
+            (inputs.item_MD, self._first["item"], torch.from_numpy(inputs.rows_M)),
             torch.from_numpy(parts_BS),
-            context_BD.to(self._dtype),
+            inputs.context_BD.to(self._dtype),
             self._context_2DH,
             self._weights,
             self._biases,
@@ -64,8 +87,8 @@ class ScriptedRows:
             self._final_bias,
             self._chunk,
             self._fused,
-        ).numpy()
-        return logits_B2
+        )
+        return Result(logits_B2.numpy(), bad_U.numpy(), bad_M.numpy())
 
 
 @cache
@@ -81,7 +104,9 @@ def script_rows() -> RowsGraph | None:
 
 
 def _graph(
-    table_RH: Tensor,
+    table_RT: Tensor,
+    user: tuple[Tensor, Tensor, Tensor, int],
+    item: tuple[Tensor, Tensor, Tensor],
     parts_BS: Tensor,
     context_BD: Tensor,
     context_2DH: Tensor,
@@ -93,8 +118,22 @@ def _graph(
     final_bias: float,
     chunk: int,
     fused: bool,
-) -> Tensor:
-    """B rows in chunks -> logits_B2. A table row is two rows of ``table_RH``: CTR's part, CVR's part."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of the batch's users and of the items that have none -> table; B rows in chunks -> logits_B2.
+
+    A table row is two rows of ``table_RH``: CTR's part, CVR's part.
+    """
+    user_UD, user_DT, bias_T, first_user = user
+    item_MD, item_DT, rows_M = item
+    part_UT = torch.mm(user_UD, user_DT) + bias_T
+    table_RT[first_user : first_user + part_UT.shape[0]].copy_(part_UT)
+    bad_U = torch.isfinite(part_UT.sum(1)).logical_not()
+    bad_M = torch.zeros(0, dtype=torch.bool)
+    if rows_M.shape[0] > 0:
+        part_MT = torch.mm(item_MD, item_DT)
+        table_RT.index_copy_(0, rows_M, part_MT.to(table_RT.dtype))
+        bad_M = torch.isfinite(part_MT.sum(1)).logical_not()
+    table_RH = table_RT.view(-1, table_RT.shape[1] // 2)
     rows, size = parts_BS.shape[0], parts_BS.shape[1]
     out_2B = torch.empty((2, rows))
     for start in range(0, rows, chunk):
@@ -128,4 +167,4 @@ def _graph(
                     h = torch.nn.functional.leaky_relu(h, slopes[2 * layer + tower], True)
             torch.mv(h.float(), final_2K[tower], out=out_2B[tower, start:stop])
     out_2B += final_bias
-    return out_2B.t().contiguous()
+    return out_2B.t().contiguous(), bad_U, bad_M

@@ -1,7 +1,8 @@
 """First-layer parts in one table: cached items by slot, then this batch's other items, then its users.
 
 One table, so that a row of the batch is the sum of two table rows: one gather-and-add for both. Its tags live in numpy:
-a part is valid exactly when both the slot and the generation stored for its row are the ones asked for.
+a part is valid exactly when both the slot and the generation stored for its row are the ones asked for. Tags belong to
+the thread that launches batches, parts to the thread that computes them, in the same order.
 Shapes: I unique items of a batch, N rows written, T = 2 * H as in fold.py.
 """
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmm.batch import Int64
+from esmm.batch import Bool, Int64
 
 _NEVER = np.iinfo(np.int64).min
 
@@ -62,24 +63,40 @@ class PartTable:
         kept_I = cached_I & ((self._claim[wanted_I] == index_I) | hit_I)
         return Placement(np.where(kept_I, wanted_I, row_I), index_I[~hit_I])
 
-    def write_items(self, placement: Placement, part_MT: Tensor, slot_I: Int64, generation_I: Int64) -> None:
-        """Store the missed parts; a cached one is valid from now on, and not before: a failure leaves no false tag."""
+    def claim(self, placement: Placement, slot_I: Int64, generation_I: Int64) -> Int64:
+        """Tag the missed parts as valid and say where they go (M): to be written before a later batch is computed."""
         rows_M = placement.row_I[placement.missed_M]
-        self.parts.index_copy_(0, torch.from_numpy(rows_M).to(self.parts.device), part_MT.to(self.parts.dtype))
-        self._watch(rows_M, part_MT)
         kept_M = rows_M < self.capacity
         at, missed = rows_M[kept_M], placement.missed_M[kept_M]
         self._slot[at], self._generation[at] = slot_I[missed], generation_I[missed]
+        return rows_M
+
+    def forget(self) -> None:
+        """No part is valid: one that was tagged was not written."""
+        self._slot.fill(_NEVER)
+
+    def write_items(self, rows_M: Int64, part_MT: Tensor) -> None:
+        """Store the missed parts."""
+        self.parts.index_copy_(0, torch.from_numpy(rows_M).to(self.parts.device), part_MT.to(self.parts.dtype))
+        self.watch(rows_M, _bad(part_MT))
 
     def write_users(self, part_UT: Tensor) -> None:
         """Store the batch's user parts, at most ``scratch``."""
         self.parts[self.first_user : self.first_user + len(part_UT)].copy_(part_UT)
-        self._watch(np.arange(self.first_user, self.first_user + len(part_UT)), part_UT)
+        self.watch_users(_bad(part_UT))
 
-    def _watch(self, rows_N: Int64, part_NT: Tensor) -> None:
+    def watch_users(self, bad_U: Bool) -> None:
+        """As `watch`, of the batch's users."""
+        self.watch(np.arange(self.first_user, self.first_user + len(bad_U)), bad_U)
+
+    def watch(self, rows_N: Int64, bad_N: Bool) -> None:
         """Remember parts that are not finite: a fused activation makes 0 of NaN, and the score would look right."""
-        bad_N = ~torch.isfinite(part_NT.sum(1)).cpu().numpy()
         if self.clean and not bad_N.any():
             return
         self.clean = False
         self.poisoned[rows_N] = bad_N
+
+
+def _bad(part_NT: Tensor) -> Bool:
+    bad_N: Bool = (~torch.isfinite(part_NT.sum(1))).cpu().numpy()
+    return bad_N

@@ -139,7 +139,7 @@ def profile(predictor: FastPredictor, batches: list[RankBatch]) -> str:
     """Where a batch's time goes, by operation."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for batch in batches * 3:
-            predictor._logits(batch)
+            predictor._logits(predictor._prepare(batch))
     return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40)
 
 
