@@ -67,6 +67,9 @@ class ScriptedRows:
         activations = [folded.activation, *(layer.activation for layer in folded.layers)]
         self._kinds = [activation.kind for activation in activations]
         self._slopes = [slope for activation in activations for slope in activation.slopes]
+        rows = 2 * self._chunk if dtype == torch.bfloat16 and self._kinds[0] == "relu" else 0
+        self._hidden = torch.empty((rows, folded.width // 2), dtype=dtype)
+        self._bits = self._hidden.view(torch.int16) if rows else torch.empty(0, dtype=torch.int16)
         self._final_2K = folded.final_2K
         self._final_bias = folded.final_bias
 
@@ -87,6 +90,8 @@ class ScriptedRows:
             self._final_bias,
             self._chunk,
             self._fused,
+            self._hidden,
+            self._bits,
         )
         return Result(logits_B2.numpy(), bad_U.numpy(), bad_M.numpy())
 
@@ -118,10 +123,13 @@ def _graph(
     final_bias: float,
     chunk: int,
     fused: bool,
+    hidden: Tensor,
+    bits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parts of the batch's users and of the items that have none -> table; B rows in chunks -> logits_B2.
 
-    A table row is two rows of ``table_RH``: CTR's part, CVR's part.
+    A table row is two rows of ``table_RH``: CTR's part, CVR's part. ``bits`` are those of ``hidden``, or empty: with
+    them a ReLU of bfloat16 numbers is one of integers (negative bits are negative numbers), in less than half the time.
     """
     user_UD, user_DT, bias_T, first_user = user
     item_MD, item_DT, rows_M = item
@@ -146,10 +154,14 @@ def _graph(
         if context_BD.shape[1] > 0:
             context_CD = context_BD[start:stop]
             h_2CH.baddbmm_(context_CD.expand(2, count, context_CD.shape[1]), context_2DH)
+        if bits.shape[0] > 0:
+            hidden[: 2 * count].copy_(first)
+            bits[: 2 * count].clamp_(min=0)
+            h_2CH = hidden[: 2 * count].view(2, count, table_RH.shape[1])
         for tower in range(2):
             h = h_2CH[tower]
             for layer in range(len(kinds)):
-                kind = kinds[layer]
+                kind = "linear" if layer == 0 and bits.shape[0] > 0 else kinds[layer]
                 if layer > 0:
                     weight, bias = weights[2 * layer - 2 + tower], biases[2 * layer - 2 + tower]
                     if fused and kind == "relu":
