@@ -131,16 +131,7 @@ def _graph(
     A table row is two rows of ``table_RH``: CTR's part, CVR's part. ``bits`` are those of ``hidden``, or empty: with
     them a ReLU of bfloat16 numbers is one of integers (negative bits are negative numbers), in less than half the time.
     """
-    user_UD, user_DT, bias_T, first_user = user
-    item_MD, item_DT, rows_M = item
-    part_UT = torch.mm(user_UD, user_DT) + bias_T
-    table_RT[first_user : first_user + part_UT.shape[0]].copy_(part_UT)
-    bad_U = torch.isfinite(part_UT.sum(1)).logical_not()
-    bad_M = torch.zeros(0, dtype=torch.bool)
-    if rows_M.shape[0] > 0:
-        part_MT = torch.mm(item_MD, item_DT)
-        table_RT.index_copy_(0, rows_M, part_MT.to(table_RT.dtype))
-        bad_M = torch.isfinite(part_MT.sum(1)).logical_not()
+    bad_U, bad_M = _write_parts(table_RT, user, item)
     table_RH = table_RT.view(-1, table_RT.shape[1] // 2)
     rows, size = parts_BS.shape[0], parts_BS.shape[1]
     out_2B = torch.empty((2, rows))
@@ -160,23 +151,48 @@ def _graph(
             h_2CH = hidden[: 2 * count].view(2, count, table_RH.shape[1])
         for tower in range(2):
             h = h_2CH[tower]
-            for layer in range(len(kinds)):
-                kind = "linear" if layer == 0 and bits.shape[0] > 0 else kinds[layer]
-                if layer > 0:
-                    weight, bias = weights[2 * layer - 2 + tower], biases[2 * layer - 2 + tower]
-                    if fused and kind == "relu":
-                        h = torch.ops.mkldnn._linear_pointwise(h, weight, bias, "relu", [], "")  # noqa: SLF001
-                        kind = "linear"
-                    elif fused:
-                        h = torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], "")  # noqa: SLF001
-                    else:
-                        h = torch.addmm(bias, h, weight)
-                if kind == "relu":
-                    h = h.relu_()
-                elif kind == "sigmoid":
-                    h = h.sigmoid_()
-                elif kind == "prelu":
-                    h = torch.nn.functional.leaky_relu(h, slopes[2 * layer + tower], True)
+            if bits.shape[0] == 0:
+                h = _activate(h, kinds[0], slopes[tower])
+            for layer in range(1, len(kinds)):
+                at = 2 * layer + tower
+                h = _linear(h, weights[at - 2], biases[at - 2], kinds[layer], slopes[at], fused)
             torch.mv(h.float(), final_2K[tower], out=out_2B[tower, start:stop])
     out_2B += final_bias
     return out_2B.t().contiguous(), bad_U, bad_M
+
+
+def _write_parts(
+    table_RT: Tensor, user: tuple[Tensor, Tensor, Tensor, int], item: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The parts a batch brings -> table; which of them are not finite."""
+    user_UD, user_DT, bias_T, first_user = user
+    item_MD, item_DT, rows_M = item
+    part_UT = torch.mm(user_UD, user_DT) + bias_T
+    table_RT[first_user : first_user + part_UT.shape[0]].copy_(part_UT)
+    bad_M = torch.zeros(0, dtype=torch.bool)
+    if rows_M.shape[0] > 0:
+        part_MT = torch.mm(item_MD, item_DT)
+        table_RT.index_copy_(0, rows_M, part_MT.to(table_RT.dtype))
+        bad_M = torch.isfinite(part_MT.sum(1)).logical_not()
+    return torch.isfinite(part_UT.sum(1)).logical_not(), bad_M
+
+
+def _linear(h: Tensor, weight: Tensor, bias: Tensor, kind: str, slope: float, fused: bool) -> Tensor:
+    """One later layer of one tower, activated; oneDNN's packed form where torch has it."""
+    if fused and kind == "relu":
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(h, weight, bias, "relu", [], "")  # noqa: SLF001
+        return out
+    if fused:
+        return _activate(torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], ""), kind, slope)  # noqa: SLF001
+    return _activate(torch.addmm(bias, h, weight), kind, slope)
+
+
+def _activate(h: Tensor, kind: str, slope: float) -> Tensor:
+    """In place."""
+    if kind == "relu":
+        return h.relu_()
+    if kind == "sigmoid":
+        return h.sigmoid_()
+    if kind == "prelu":
+        return torch.nn.functional.leaky_relu(h, slope, True)
+    return h

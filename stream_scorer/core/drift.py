@@ -6,19 +6,16 @@ Three questions, each over enough rows to be answered, and never over a step alo
   slot, further from its slow average than ``sigmas`` standard errors, and by more than ``tolerance`` of its size? Rows
   come in clusters (the items of one request share a user), so ``cluster_rows`` rows say as much as one; a column that
   moves together more than that is known by its own history. Values far out are cut, so that a few of them are no shift.
-  Columns of items may move by ``picked`` standard deviations of their values too: which items are shown is the model's
-  choice, a new model chooses others, and the best ten of fifty by a normal column lie 1.4 above the middle.
-  Of ids only the loss is judged.
-- *constant*: has a dense column shown one value for ``CONSTANT_ROWS`` rows, that never did so for `OFTEN_ROWS` before?
+  Columns of items may move by ``picked`` standard deviations too: a new model shows other items, and the best ten of
+  fifty by a normal column lie 1.4 above the middle. Of ids only the loss is judged.
+- *constant*: has a dense column shown one value for `CONSTANT_ROWS` rows that never did so for `OFTEN_ROWS` before?
 - *clicks*, *conversions*: has the share of clicks (of impressions) or of conversions (of clicks) changed, over at least
-  ``label_clicks`` clicks? Impressions are counted by when they were shown, once all their rows are known to be out:
-  clicked rows come an observation window later, so counted as they come a pause or a start would change the share.
+  ``label_clicks`` clicks? Impressions are counted by when they were shown, once all their rows are known to be out.
 
 Features are judged on unclicked first emissions only: clicked and matured rows are a selection, and come in bursts.
 
 While the alarm is on nothing is learned and the averages stand still. It ends after ``heal_rows`` rows that would pass
-at `HEAL` of what is allowed, or when ``adopt_rows`` rows in a row were alarming: then that is how the world is now, and
-the averages start afresh.
+at `HEAL` of what is allowed, or when ``adopt_rows`` in a row were alarming: then that is how the world is now.
 """
 
 from __future__ import annotations
@@ -232,8 +229,7 @@ class _Columns:
         stuck_C = ((self._run_C >= CONSTANT_ROWS) & (self._longest_C < OFTEN_ROWS))[: self._dense]
         if shift or not stuck_C.any():
             return ("shift", shift) if shift else ("", "")
-        at = int(stuck_C.argmax())
-        return "constant", f"{self._name(at)}: the same value for {self._run_C[at]:.0f} rows"
+        return "constant", f"{self._name(at := int(stuck_C.argmax()))}: the same value for {self._run_C[at]:.0f} rows"
 
     def _shift(self, strict: float) -> str:
         """Which column is too far from its average."""
