@@ -17,6 +17,8 @@ from tests.bench.speed.world import Workload, World
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 TICK_S = 0.001
+LINGER_MS = 2  # of the sender: one produce request a message would load the broker, not the scorer
+WARM_S = 20.0  # the broker compiles what small requests need while it runs
 LOW_RATE = 100.0  # requests a second of one candidate each
 TOPICS: tuple[str, ...] = ("out-max", "out-latency")
 
@@ -50,7 +52,7 @@ def at_rate(world: World, workload: Workload, name: str, rate: float, seconds: f
         _send(world, workload, source, 50, 50.0)  # until it is there, some to wake it up
         measure._first_output(world, world.consumer(), running, output)
         count = int(rate * seconds)
-        _send(world, workload, source, int(rate * 2), rate)
+        _send(world, workload, source, int(rate * WARM_S), rate)
         time.sleep(1.0)
         mark = int(time.time() * 1000)
         _send(world, workload, source, count, rate)
@@ -81,7 +83,7 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 def _send(world: World, workload: Workload, topic: str, count: int, rate: float) -> None:
     """Send on schedule; each request's ts is the instant it should have left, in milliseconds."""
-    producer = Producer(world.client(**{"linger.ms": 0, "queue.buffering.max.messages": 1_000_000}))
+    producer = Producer(world.client(**{"linger.ms": LINGER_MS, "queue.buffering.max.messages": 1_000_000}))
     bodies = [(key, orjson.loads(value)) for key, value in workload.bodies(count, seed=int(time.time()))]
     began = time.time()
     sent = 0
