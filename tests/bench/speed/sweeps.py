@@ -23,6 +23,8 @@ def points() -> list[tuple[str, Workload, dict[str, object]]]:
         for zipf in (0.0, 1.0):
             popular = "Zipf" if zipf else "uniform"
             out.append((f"{catalogue} items, {popular}", Workload(catalogue=catalogue, zipf=zipf), {}))
+    large = Workload(catalogue=1_000_000, zipf=1.0)
+    out.append(("1000000 items, Zipf, cache of 300000", large, {"cache_items": 300_000}))
     out.append(("10000 items, uniform, no cache", Workload(), {"cache_items": 0}))
     return out
 
