@@ -29,7 +29,7 @@ QUEUE = 2  # batches launched and not yet computed; a third launch waits
 
 @dataclass
 class PredictorStats:
-    """Running totals of one predictor, written by its thread."""
+    """Running totals of one predictor; a batch of more than ``max_rows`` counts once a slice."""
 
     batches: int = 0
     rows: int = 0
@@ -159,9 +159,13 @@ class FastPredictor:
             self._tags_epoch = self._epoch
             self._table.forget()
         limit = self._config.max_rows
-        if max(batch.rows, batch.user.rows, batch.item.rows) <= limit:
-            return [self._place(batch)]
-        return [self._place(_narrow(batch, slice(at, at + limit))) for at in range(0, batch.rows, limit)]
+        try:
+            if max(batch.rows, batch.user.rows, batch.item.rows) <= limit:
+                return [self._place(batch)]
+            return [self._place(_narrow(batch, slice(at, at + limit))) for at in range(0, batch.rows, limit)]
+        except BaseException:
+            self._table.forget()  # what is tagged by now will not be written
+            raise
 
     def _place(self, batch: RankBatch) -> _Slice:
         parts, missed, rows_M = [self._table.first_user + batch.user_of_B], None, np.zeros(0, np.int64)

@@ -29,6 +29,7 @@ __all__ = ["KafkaConfig", "KafkaSink", "KafkaSource"]
 _log = structlog.get_logger("stream_scorer.kafka")
 
 UNKNOWN_OFFSET = -1
+COMMITTED_TRIES = 3
 COMMIT_BOUND_S = 5.0  # retriable commit errors are retried for this long (one attempt may wait a session time-out)
 RETRY_S = 0.05
 _FENCED = frozenset(
@@ -352,11 +353,14 @@ class KafkaSource:
 
     def _committed(self, partitions: list[ClientPartition]) -> dict[TopicPartition, int]:
         """Where reading goes on, so that a gap at the very start is seen too; empty when it cannot be had at once."""
-        try:
-            known = self._consumer.committed(partitions, timeout=PROBE_S)
-        except KafkaException as error:
-            _log.debug("committed offsets unknown at assignment", error=self._config.explain(first_error(error)))
-            return {}
+        for left in reversed(range(COMMITTED_TRIES)):
+            try:
+                known = self._consumer.committed(partitions, timeout=PROBE_S)
+                break
+            except KafkaException as error:
+                if not left:
+                    _log.warning("committed offsets unknown", error=self._config.explain(first_error(error)))
+                    return {}
         return {TopicPartition(p.topic, p.partition): p.offset for p in known if p.offset >= 0 and p.error is None}
 
     def _on_revoke(self, consumer: Consumer, partitions: list[ClientPartition]) -> None:

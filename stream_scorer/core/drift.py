@@ -10,7 +10,7 @@ Three questions, each over enough rows to be answered, and never over a step alo
   fifty by a normal column lie 1.4 above the middle. Of ids only the loss is judged.
 - *constant*: has a dense column shown one value for `CONSTANT_ROWS` rows that never did so for `OFTEN_ROWS` before?
 - *clicks*, *conversions*: has the share of clicks (of impressions) or of conversions (of clicks) changed, over at least
-  ``label_clicks`` clicks? Impressions are counted by when they were shown, once all their rows are known to be out.
+  ``label_clicks`` clicks? Impressions count by when they were shown, once all their rows are known to be out.
 
 Features are judged on unclicked first emissions only: clicked and matured rows are a selection, and come in bursts.
 
@@ -286,12 +286,13 @@ class _Columns:
         return {
             "rows": self._rows, "dense": self._dense, "mean": self._mean_C.tolist(), "last": self._last_C.tolist(),
             "variance": self._variance_C.tolist(), "run": self._run_C.tolist(), "longest": self._longest_C.tolist(),
-            "effect": self._effect_LC.tolist(), "window": [[n, a.tolist(), b.tolist()] for n, a, b in self._window],
+            "picked": [self._picked.start or 0, self._picked.stop], "effect": self._effect_LC.tolist(),
+            "window": [[n, a.tolist(), b.tolist()] for n, a, b in self._window],
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over `state`."""
-        self._rows, self._dense, self._step = state["rows"], state["dense"], None
+        self._rows, self._dense, self._picked, self._step = state["rows"], state["dense"], slice(*state["picked"]), None
         self._mean_C, self._variance_C = np.array(state["mean"]), np.array(state["variance"])
         self._last_C, self._run_C = np.array(state["last"]), np.array(state["run"])
         self._longest_C, self._effect_LC = np.array(state["longest"]), np.array(state["effect"])
@@ -312,8 +313,7 @@ class _Labels:
     def forget(self) -> None:
         """Start afresh."""
         self._window: deque[Float64] = deque()  # impressions, clicks, conversions
-        self._average = np.zeros(3)  # the same, older ones fading
-        self._fresh = np.zeros(3)
+        self._average, self._fresh = np.zeros(3), np.zeros(3)  # the same: older ones fading; of this step
 
     def add(self, first: Examples) -> None:
         """First emissions, in the order of the join."""

@@ -153,8 +153,10 @@ def decide(
 def beats(policy: GatePolicy, contest: Contest) -> bool:
     """Whether the candidate's logloss is lower on first emissions, and not higher on matured clicks if these count."""
     after, before = contest
-    if after.ctr is None or before.ctr is None or not after.ctr.rows >= policy.min_examples:
+    if after.ctr is None or not after.ctr.rows >= policy.min_examples:
         return False
+    if before.ctr is None:  # of the same rows it said what is no number
+        return _is_rival(after) and not before.finite
     if after.cvr is not None and before.cvr is not None and after.cvr.rows >= policy.min_examples:
         return after.ctr.logloss < before.ctr.logloss and after.cvr.logloss <= before.cvr.logloss
     return after.ctr.logloss < before.ctr.logloss

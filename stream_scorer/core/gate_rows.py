@@ -127,6 +127,11 @@ class GateRows:
             some = examples.take(np.flatnonzero(examples.kind_B == kind))
             rows.add(_Part(some, np.zeros((some.rows, 1), np.int64), np.zeros((some.rows, 1), np.float32)))
 
+    def forget_held_out(self) -> None:
+        """Begin to hold out anew."""
+        self._held_first.forget()
+        self._held_matured.forget()
+
     def _remember(self, clicks: Examples, at: int, cvr_B: Float32) -> None:
         for click, cvr in zip(identity(clicks).tolist(), cvr_B.tolist(), strict=True):
             occasions = self._open.setdefault(click, [])

@@ -114,6 +114,6 @@ class Merge:
     def _is_idle(self, queue: _Queue, now_s: float, ended: bool, caught_up: bool) -> bool:
         if caught_up or (ended and now_s - queue.heard_s >= self._idle_after_s):
             return True
-        hurried = self._buffered > self._max_buffered or now_s - queue.heard_s >= self._stall_after_s
+        hurried = self._buffered >= self._max_buffered or now_s - queue.heard_s >= self._stall_after_s
         self.impatient += hurried
         return hurried

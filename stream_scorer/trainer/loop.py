@@ -88,11 +88,13 @@ class Trainer:
             self.start()
             while not stop.is_set():
                 self.step()
+            drained = self.drain(Deadline.after(self._policy.drain_timeout_s, self._ports.clock.monotonic_s))
         except BaseException:
             self._failed = True  # half a step was applied: no checkpoint may be made of it on the way out
-            self._steps.close()
             raise
-        if not self.drain(Deadline.after(self._policy.drain_timeout_s, self._ports.clock.monotonic_s)):
+        finally:
+            self._steps.close()
+        if not drained:
             if self._refused is not None:
                 raise CommitRefused(f"the last offsets were not committed ({self._refused}); the checkpoint has them")
             raise FatalError("rejects were not acknowledged in time; nothing was committed since the last checkpoint")
@@ -246,6 +248,8 @@ class Trainer:
             self._tally.skipped += examples.rows
             self._ports.metrics.inc(names.EXAMPLES, examples.rows, kind="skipped")
             return
+        if verdict.detail:  # the world has changed for good
+            self._publisher.forget_held_out()
         examples = self._hold_out(examples)
         if not examples.rows:
             return
@@ -370,6 +374,7 @@ class Trainer:
         self._ports.join_state.restore(saved.path / "join")
         self._next = {TopicPartition(topic, number): offset for topic, number, offset in state["offsets"]}
         self._joiner.restore(state["joiner"])
+        self._teller.start(self._joiner.outcomes)
         self._merge.restore(state["merge"])
         self._board.load(state["board"])
         self._drift.restore(state["drift"])

@@ -26,6 +26,7 @@ from stream_scorer.trainer.ports import TrainerPorts
 _log = structlog.get_logger("stream_scorer.trainer")
 
 LEARNED = "learned"  # in a manifest: how many rows its trainer had learned
+HELD_OUT_ROWS = 1_000  # of each kind, that a candidate is judged on
 _NOTHING = np.zeros(0, np.float32)
 
 Facts = Callable[[], Mapping[str, Any]]
@@ -75,7 +76,7 @@ class Publisher:
     def __init__(self, ports: TrainerPorts, policy: GatePolicy, rows: int, keep_versions: int) -> None:
         """``rows``: recent first emissions, and as many matured clicks, that a candidate is judged on."""
         self._ports, self._policy, self._keep_versions = ports, policy, keep_versions
-        self._rows = GateRows(rows)
+        self._rows = GateRows(rows, max(HELD_OUT_ROWS, policy.min_examples))
         self._open: dict[int, _Opened | None] = {}  # live and best; None: it cannot be read
         self._live: int | None = None
         self._best: int | None = None
@@ -97,6 +98,10 @@ class Publisher:
         """Give an empty store its first version, the learner as it is, so that scorers can start."""
         if self._ports.store.current() is None:
             self._publish(Decision(True, "first", {}), facts)
+
+    def forget_held_out(self) -> None:
+        """What was held out is of a world that is gone: it would speak for the version that fits it."""
+        self._rows.forget_held_out()
 
     def offer(self, facts: Facts) -> Decision | None:
         """Publish the learner as it is, if the gate lets it; ``facts`` go into the manifest. None: the store failed."""
@@ -174,11 +179,14 @@ class Publisher:
             LEARNED: self._rows.learned,
         }  # fmt: skip
         version = ports.store.publish(lambda path, number: ports.learner.export(path, {**manifest, "version": number}))
-        ports.store.prune(self._keep_versions, () if self._best is None else (self._best,))
         self.tally.versions_published += 1
         self.tally.version = version
         ports.metrics.inc(names.GATE, decision="promote", reason=decision.reason)
         ports.metrics.inc(names.VERSIONS_PUBLISHED)
+        try:
+            ports.store.prune(self._keep_versions, () if self._best is None else (self._best,))
+        except OSError as error:
+            _log.warning("old versions stay", error=str(error))
         _log.info("version published", version=version, parent=parent, reason=decision.reason)
         return version
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from stream_scorer.core import metric_names as names
 from stream_scorer.core.trainer_stats import TrainerStats
@@ -16,6 +17,10 @@ class Teller:
         """Nothing told yet."""
         self._metrics = metrics
         self._told: Counter[str] = Counter()  # join outcomes that metrics know of
+
+    def start(self, outcomes: Mapping[str, int]) -> None:
+        """These were counted by a process before this one, whose counters are gone."""
+        self._told = Counter(outcomes)
 
     def tell(self, stats: TrainerStats) -> None:
         """Counters by what was added, gauges as they are."""

@@ -246,6 +246,7 @@ def trainer_policy(settings: Settings, schema: FeatureSchema) -> TrainerPolicy:
             settle_ms=_ms(trainer.click_window_s + trainer.observation_window_s) + join.tick_ms,
             mature_ms=_ms(trainer.click_window_s + trainer.attribution_window_s) + join.tick_ms,
         ),
+        gate_rows=max(4_000, 2 * trainer.gate_min_examples),
         gate=GatePolicy(trainer.gate_logloss_margin, low, high, trainer.gate_min_examples),
         rewind=settings.kafka.options.get("auto.offset.reset", "earliest") in ("earliest", "smallest", "beginning"),
         batch_rows=trainer.batch_rows,

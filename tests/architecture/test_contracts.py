@@ -21,7 +21,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 LONG_FILES = {  # exceptions: the size each may have at most, and why
     "esmm/model.py": 480,  # a model is one file: constructor, validation, forward and what DeepCTR-Torch users know
-    "stream_scorer/trainer/loop.py": 450,  # the loop with its publishing and restart
+    "stream_scorer/trainer/loop.py": 460,  # the loop with its publishing and restart
 }
 LONG_FUNCTIONS: set[str] = set()
 

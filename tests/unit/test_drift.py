@@ -226,6 +226,7 @@ def test_state_survives_json(bad) -> None:
         alarm.check(stream.step(100, **bad))
     other = DriftAlarm(POLICY, CLICK_MS, OBSERVE_MS)
     other.restore(json.loads(json.dumps(alarm.state())))
+    assert other._columns._picked == slice(0, 3)  # before a step has any unclicked row
     verdicts = []
     for some in [bad] * 12 + [{}] * 20:
         one = stream.step(**some)

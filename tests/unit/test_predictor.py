@@ -187,6 +187,14 @@ def test_a_failed_item_part_leaves_no_false_tag(fast) -> None:
     assert predictor.stats.item_hits == 0
 
 
+def test_what_could_not_be_prepared_leaves_no_false_tag_either(fast) -> None:
+    predictor, batch = fast(), make_batch(2, 3, 9)
+    with pytest.raises(IndexError):
+        predictor.collect(predictor.launch(batch._replace(item_of_B=batch.item_of_B + 10**6)))
+    expected = PlainPredictor(make_model(), 3).logits(batch)
+    np.testing.assert_allclose(predictor.logits(batch), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_close_finishes_what_was_launched_and_then_refuses(fast) -> None:
     predictor = fast()
     pending = predictor.launch(make_batch(2, 3, 9))

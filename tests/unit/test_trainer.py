@@ -524,7 +524,7 @@ def test_rejects_that_are_not_acknowledged_in_time_fail_the_drain(tmp_path: Path
 
 
 def test_a_broken_input_stops_learning_until_it_heals(tmp_path: Path) -> None:
-    drift = DriftPolicy(warmup_rows=500, heal_rows=100, cluster_rows=4)
+    drift = DriftPolicy(warmup_rows=500, heal_rows=100, cluster_rows=4, picked=0.5)
     world = TrainerWorld(tmp_path, policy=replace(GATED, drift=drift))
     Market(requests=600).fill(world.source)
     world.until_idle()
