@@ -112,7 +112,7 @@ def fill(bootstrap: str, topics: dict[str, str]) -> tuple[int, int]:
     forever = {"retention.ms": "-1"}  # the messages' own times are years ago
     create_topics(KafkaConfig(bootstrap), TopicPlan(list(topics.values()), 2, 1, forever), 20.0)
     source = TwoTopicSource()
-    Market(requests=700).fill(source)
+    Market(requests=3_000).fill(source)  # some seconds of work: the first death must come before its end
     producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 5, "log_level": 3})
     counts = {"served": 0, "feedback": 0}
     for where, items in source.log.items():
