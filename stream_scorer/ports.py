@@ -118,6 +118,18 @@ class Sink(Protocol):
         ...
 
 
+class StopSignal(Protocol):
+    """A `threading.Event`, as far as a loop is concerned."""
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        ...
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until set, or for ``timeout`` seconds."""
+        ...
+
+
 class FeatureStore(Protocol):
     """Features by id."""
 

@@ -34,9 +34,7 @@ class CompiledRows:
         self._chunk = chunk_rows(folded.width * dtype.itemsize)
         self._buckets = buckets
         self._dtype = dtype
-        context_DT = folded.first["context"]
-        context_D2H = context_DT.view(len(context_DT), 2, folded.width // 2)
-        self._context_2DH = context_D2H.transpose(0, 1).contiguous().to(dtype)
+        self._context_2DH = folded.context_2DH.to(dtype)
         self._layers = [
             (layer.weight_2LK.to(dtype).transpose(1, 2).contiguous(), layer.bias_2L.to(dtype))
             for layer in folded.layers

@@ -6,6 +6,7 @@ The first layer is linear, so it is a sum of a user's, an item's and a context's
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from esmm.predictor.plain import scores_of
 from esmm.predictor.rows import EagerRows
 from esmm.predictor.scripted import Inputs, ScriptedRows, script_rows
 from esmm.predictor.table import PartTable
+
+_Rows = EagerRows | ScriptedRows | CompiledRows
 
 QUEUE = 2  # batches launched and not yet computed; a third launch waits
 
@@ -69,18 +72,8 @@ class FastPredictor:
             dtype,
             config.device,
         )
-        self._eager = EagerRows(self._folded, self._table.parts, dtype)
-        self._rows: EagerRows | ScriptedRows | CompiledRows = self._eager
-        graph = script_rows() if config.script else None
-        if graph is not None:
-            self._rows = ScriptedRows(graph, self._folded, self._table.parts, dtype, self._table.first_user)
-        elif config.script:
-            self.served = self.served._replace(warning="no TorchScript: operation by operation, which is slower")
-        self._uncompiled = self._rows
-        if config.compile and has_compiler():
-            self._rows = CompiledRows(self._folded, self._table.parts, dtype, config.buckets)
-        elif config.compile:
-            self.served = self.served._replace(warning="no C++ compiler: not compiled")
+        self._ways = self._ways_of(dtype)
+        self._rows = self._ways[0][1]()
         self._epoch = self._tags_epoch = 0  # the first: batches that failed so far; the second: as far as the tags know
         self._no_items = torch.zeros((0, len(self._folded.first["item"])))
         self._slots = threading.Semaphore(QUEUE)
@@ -133,12 +126,27 @@ class FastPredictor:
         try:
             self._warm()
         except Exception as error:  # compilers fail in any way
-            if self._rows is self._eager:
+            (way, _), *self._ways = self._ways
+            if not self._ways:
                 raise
-            what = "compiled" if isinstance(self._rows, CompiledRows) else "scripted"
-            self._rows = self._uncompiled if what == "compiled" else self._eager
-            self.served = self.served._replace(warning=f"not {what}: {type(error).__name__}: {str(error)[:200]}")
+            self.served = self.served._replace(warning=f"not {way}: {type(error).__name__}: {str(error)[:200]}")
+            self._rows = self._ways[0][1]()
             self.warm()
+
+    def _ways_of(self, dtype: torch.dtype) -> list[tuple[str, Callable[[], _Rows]]]:
+        """How rows can be computed here, the one to try first first; `served` warns of what cannot be had."""
+        folded, table, config = self._folded, self._table, self._config
+        ways: list[tuple[str, Callable[[], _Rows]]] = []
+        if config.compile and has_compiler():
+            ways.append(("compiled", lambda: CompiledRows(folded, table.parts, dtype, config.buckets)))
+        elif config.compile:
+            self.served = self.served._replace(warning="no C++ compiler: not compiled")
+        graph = script_rows() if config.script else None
+        if graph is not None:
+            ways.append(("scripted", lambda: ScriptedRows(graph, folded, table.parts, dtype, table.first_user)))
+        elif config.script:
+            self.served = self.served._replace(warning="no TorchScript: operation by operation, which is slower")
+        return [*ways, ("eager", lambda: EagerRows(folded, table.parts, dtype))]
 
     def _warm(self) -> None:
         layouts = [self._model.schema.layout(source) for source in SOURCES]

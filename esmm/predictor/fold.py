@@ -46,6 +46,12 @@ class Folded(NamedTuple):
         """T, both towers' first hidden widths."""
         return len(self.bias_T)
 
+    @property
+    def context_2DH(self) -> Tensor:
+        """The context's part of the first layer, a matrix a tower."""
+        weight_DT = self.first["context"]
+        return weight_DT.view(len(weight_DT), 2, self.width // 2).transpose(0, 1).contiguous()
+
 
 @torch.no_grad()
 def fold(model: ESMM) -> Folded:

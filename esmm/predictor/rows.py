@@ -33,10 +33,7 @@ class EagerRows:
         self._dtype = dtype
         self._chunk = chunk_rows(folded.width * dtype.itemsize)
         self._activation = folded.activation
-        context_DT = folded.first["context"]
-        self._context_2DH = (
-            context_DT.view(len(context_DT), 2, folded.width // 2).transpose(0, 1).contiguous().to(dtype)
-        )
+        self._context_2DH = folded.context_2DH.to(dtype)
         self._layers = [TwoLinears(layer, dtype, self._chunk) for layer in folded.layers]
         self._final_2K = folded.final_2K
         self._final_bias = folded.final_bias

@@ -53,9 +53,7 @@ class ScriptedRows:
         self._first = folded.first
         self._bias_T = folded.bias_T
         self._chunk = chunk_rows(folded.width * dtype.itemsize)
-        context_DT = folded.first["context"]
-        context_D2H = context_DT.view(len(context_DT), 2, folded.width // 2)
-        self._context_2DH = context_D2H.transpose(0, 1).contiguous().to(dtype)
+        self._context_2DH = folded.context_2DH.to(dtype)
         packed = [pack(layer, dtype, self._chunk) for layer in folded.layers]
         self._fused = all(one is not None for one in packed)
         self._weights: list[Tensor] = []  # of later layers: CTR, CVR, CTR, CVR, ...

@@ -18,7 +18,7 @@ import numpy as np
 from stream_scorer.core.errors import ConfigurationError
 from stream_scorer.core.messages import ContextValue
 from stream_scorer.embedded.ali_ccp_shared import CommonFeatures, Features, parse_features
-from stream_scorer.embedded.labelled import LabelledReplay, Line, Problem, Row, Values, dense, sparse, usable
+from stream_scorer.embedded.labelled import LabelledReplay, Line, Problem, Row, Values, usable
 from stream_scorer.embedded.replay import (
     PROGRESS_ROWS,
     Action,
@@ -29,6 +29,7 @@ from stream_scorer.embedded.replay import (
     ReplayReport,
     refuse_mostly_dirty,
 )
+from stream_scorer.embedded.schema_text import dense, sparse
 
 START_MS, STEP_MS, CLICK_MS, BUY_MS = 1_500_000_000_000, 10, 1_000, 10_000
 SKELETON, COMMON = "sample_skeleton", "common_features"

@@ -15,21 +15,20 @@ from pathlib import Path
 import numpy as np
 
 from stream_scorer.core.errors import ConfigurationError
+from stream_scorer.embedded.criteo_conversions import START_MS
 from stream_scorer.embedded.labelled import (
     LabelledReplay,
     Line,
     LogFormat,
     Problem,
     Row,
-    dense,
     in_order,
     signed_log,
-    sparse,
     usable,
 )
 from stream_scorer.embedded.replay import Layouts, Lines, Replay, ReplayOptions, ReplayReport
+from stream_scorer.embedded.schema_text import dense, sparse
 
-START_MS = 1_388_534_400_000  # the log counts from 0; messages say 2014
 CATEGORIES = tuple(f"cat{n}" for n in range(1, 10))
 COLUMNS = (
     *("timestamp", "uid", "campaign", "conversion", "conversion_timestamp", "conversion_id", "attribution", "click"),

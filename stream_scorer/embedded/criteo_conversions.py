@@ -18,14 +18,13 @@ from stream_scorer.embedded.labelled import (
     LogFormat,
     Problem,
     Row,
-    dense,
     in_order,
     signed_log,
-    sparse,
     usable,
 )
 from stream_scorer.embedded.open_bandit_rows import stable_hash
 from stream_scorer.embedded.replay import Layouts, Replay, ReplayOptions, ReplayReport
+from stream_scorer.embedded.schema_text import dense, sparse
 
 START_MS = 1_388_534_400_000  # the log counts from 0; messages say 2014
 NAMES, ITEM = 1_000, "ad"

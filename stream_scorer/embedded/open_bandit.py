@@ -38,6 +38,7 @@ from stream_scorer.embedded.replay import (
     ReplayReport,
     Request,
 )
+from stream_scorer.embedded.schema_text import dense, sparse
 
 CLICK_AFTER_MS = 1_000
 REFRESH_MS = 600_000
@@ -45,28 +46,16 @@ JAPAN_MS = 9 * 3_600_000  # the shop's time zone
 PRIOR_CLICKS, PRIOR_IMPRESSIONS = 0.5, 100.0  # of the smoothed click rate
 
 
-def _sparse(name: str, source: str, size: int, hashed: bool) -> str:
-    flag = "true" if hashed else "false"
-    return (
-        f'[[features]]\nname = "{name}"\nkind = "sparse"\nsource = "{source}"\n'
-        f"vocabulary_size = {size}\nembedding_dim = 8\nuse_hash = {flag}\n\n"
-    )
-
-
-def _dense(name: str, source: str, dimension: int) -> str:
-    return f'[[features]]\nname = "{name}"\nkind = "dense"\nsource = "{source}"\ndimension = {dimension}\n\n'
-
-
 OPEN_BANDIT_TOML = "".join(
     (
-        *(_sparse(name, "user", 1_024, True) for name in USER_FEATURES),
-        _sparse("item_id", "item", 4_096, True),
-        _dense(ITEM_FEATURES[0], "item", 1),
-        *(_sparse(name, "item", 1_024, True) for name in ITEM_FEATURES[1:]),
-        _dense("item_counts", "item", 3),
-        _sparse("position", "context", 4, False),
-        _dense("affinity", "context", 1),
-        _sparse("hour", "context", 24, False),
+        *(sparse(name, "user", 1_024) for name in USER_FEATURES),
+        sparse("item_id", "item", 4_096),
+        dense(ITEM_FEATURES[0], "item", 1),
+        *(sparse(name, "item", 1_024) for name in ITEM_FEATURES[1:]),
+        dense("item_counts", "item", 3),
+        sparse("position", "context", 4, hashed=False),
+        dense("affinity", "context", 1),
+        sparse("hour", "context", 24, hashed=False),
     )
 )
 

@@ -23,8 +23,8 @@ from stream_scorer.core.pace import Pace
 from stream_scorer.core.records import Fetched, Record, TopicPartition
 from stream_scorer.core.rejects import Reject, StormBreaker
 from stream_scorer.core.scorer_stats import Hold, ScorerStats, Tally
-from stream_scorer.ports import Predictor
-from stream_scorer.scorer.ports import ScorerPolicy, ScorerPorts, StopSignal
+from stream_scorer.ports import Predictor, StopSignal
+from stream_scorer.scorer.ports import ScorerPolicy, ScorerPorts
 from stream_scorer.scorer.publisher import Flight, Publisher, Work, timed
 
 _log = structlog.get_logger("stream_scorer.scorer")

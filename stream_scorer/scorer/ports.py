@@ -22,18 +22,6 @@ class Mailbox(Protocol):
         ...
 
 
-class StopSignal(Protocol):
-    """A `threading.Event`, as far as the loop is concerned."""
-
-    def is_set(self) -> bool:
-        """Whether to stop."""
-        ...
-
-    def wait(self, timeout: float) -> bool:
-        """Wait until set, or for ``timeout`` seconds."""
-        ...
-
-
 @dataclass(frozen=True)
 class ScorerPorts:
     """The world."""

@@ -36,8 +36,8 @@ from stream_scorer.core.scoreboard import Scoreboard
 from stream_scorer.core.served import decode_served
 from stream_scorer.core.trainer_stats import TrainerStats, TrainerTally
 from stream_scorer.core.watermark import BEGINNING, Watermark
-from stream_scorer.ports import SavedCheckpoint
-from stream_scorer.trainer.policy import StopSignal, TrainerPolicy
+from stream_scorer.ports import SavedCheckpoint, StopSignal
+from stream_scorer.trainer.policy import TrainerPolicy
 from stream_scorer.trainer.ports import TrainerPorts
 from stream_scorer.trainer.publisher import Publisher
 from stream_scorer.trainer.steps import Step, Steps

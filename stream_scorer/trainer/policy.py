@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from stream_scorer.core.drift import DriftPolicy
 from stream_scorer.core.gate import GatePolicy
@@ -11,14 +10,6 @@ from stream_scorer.core.join_entry import JoinPolicy
 from stream_scorer.core.scoreboard import ScoreboardPolicy
 from stream_scorer.core.served import ServedLayout
 from stream_scorer.core.watermark import WatermarkPolicy
-
-
-class StopSignal(Protocol):
-    """A `threading.Event`, as far as the loop is concerned."""
-
-    def is_set(self) -> bool:
-        """Whether to stop."""
-        ...
 
 
 @dataclass(frozen=True)

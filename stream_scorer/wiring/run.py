@@ -28,7 +28,7 @@ from stream_scorer.hotswap import Mailbox, Watcher
 from stream_scorer.scorer import Scorer, ScorerPorts
 from stream_scorer.settings import Settings
 from stream_scorer.trainer import Trainer, TrainerPorts
-from stream_scorer.wiring import build, connect, joining, runtime
+from stream_scorer.wiring import build, connect, runtime
 from stream_scorer.wiring.pretrain import start_from_live
 from stream_scorer.wiring.processes import Child
 from stream_scorer.wiring.status import StatusLines
@@ -118,7 +118,7 @@ def run_train(settings: Settings, stop: threading.Event, status: bool) -> int:
         clock=clock,
     )
     trainer = Trainer(ports, build.trainer_policy(settings, schema))
-    joining.settle()
+    runtime.settle(runtime.JOINING)
     with ExitStack() as stack:
         stack.callback(ports.join_state.close)
         stack.callback(lambda: sink.close(Deadline.after(CLOSE_S, clock.monotonic_s)))

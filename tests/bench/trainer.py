@@ -46,7 +46,7 @@ from stream_scorer.core.records import CommitResult, Position, Record, TopicPart
 from stream_scorer.core.scoreboard import ScoreboardPolicy
 from stream_scorer.core.served import ServedLayout, _tensors
 from stream_scorer.trainer import Trainer, TrainerPolicy, TrainerPorts
-from stream_scorer.wiring.joining import settle
+from stream_scorer.wiring import runtime
 from tests.bench.predictor import processor
 from tests.fakes import FakeSink
 
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path, default=OUT)
     args = parser.parse_args()
-    settle()
+    runtime.settle(runtime.JOINING)
     models = args.model or ["speed", "columns"]
     streams = {model: Stream(schema(model), args.requests).records() for model in models}
     found: dict[str, list[dict[str, float]]] = {model: [] for model in models}
