@@ -41,11 +41,12 @@ class CheckpointRefused(ValueError):
 
 
 class DirectoryCheckpoints:
-    """Checkpoints under ``root``; the newest ``keep`` stay."""
+    """Checkpoints under ``root``; the newest ``keep`` stay, not counting those that `restore` refused."""
 
     def __init__(self, root: Path, keep: int = 2) -> None:
         """Makes ``root`` when it is not there. `ConfigurationError` when that cannot be done."""
         self._root, self._keep = root, keep
+        self._refused: set[int] = set()
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -54,6 +55,8 @@ class DirectoryCheckpoints:
             ) from None
         for left in root.glob(".tmp-*"):  # by a process that was killed while writing
             shutil.rmtree(left, ignore_errors=True)
+        for left in root.glob(".current-*"):
+            left.unlink(missing_ok=True)
 
     def save(self, write: Callable[[Path], None], state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> int:
         """See `stream_scorer.ports.Checkpoints`."""
@@ -72,7 +75,8 @@ class DirectoryCheckpoints:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self._point(number)
-        for old in self._numbers()[: -self._keep]:
+        good = [one for one in self._numbers() if one not in self._refused]
+        for old in good[: -self._keep]:
             shutil.rmtree(self._path(old), ignore_errors=True)
         return number
 
@@ -89,6 +93,7 @@ class DirectoryCheckpoints:
             except (ValueError, KeyError, TypeError, OSError) as error:
                 refused = f"checkpoint {self._path(number)} is refused: {type(error).__name__}: {error}"
                 _log.error(refused)
+                self._refused.add(number)
                 continue
             return number
         if refused:

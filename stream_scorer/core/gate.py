@@ -53,7 +53,7 @@ class Judged(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """``reason`` is a metric label: ok | few_examples | nonfinite | distance | <what>_<slice>.
+    """``reason`` is a metric label: ok | first | few_examples | nonfinite | distance | <what>_<slice>.
 
     What: logloss or pcoc, next to the live version; ratchet, logloss next to the best one lately; holdout, logloss on
     rows that nobody learns from.
@@ -131,8 +131,8 @@ def decide(
 ) -> Decision:
     """Promote or hold. ``live`` is None when nothing is live yet; then only the candidate's own bounds count.
 
-    ``candidate`` is judged by progressive predictions on the rows of ``live``, ``now`` by those of the moment, as in
-    ``held_out``. A rival that is not finite is no rival.
+    ``candidate`` is judged by progressive predictions on the rows of ``live``, as in ``best``; ``now`` by those of the
+    moment, as in ``held_out``. A rival that is not finite is no rival.
     """
     live = live if live is not None and _is_rival(live) else None
     numbers = _numbers({"live": live, "candidate": candidate, "now": now, "best": best.rival if best else None})
@@ -140,10 +140,10 @@ def decide(
         numbers |= _numbers({"held_out_live": held_out.rival, "held_out": held_out.candidate})
     numbers["distance"] = distance
     reason = _hold(policy, live, candidate, now or candidate)
-    if not reason and best is not None and _is_rival(best.rival):
-        reason = _worse(policy, best.rival, best.candidate, "ratchet")
-    if not reason and held_out is not None and _is_rival(held_out.rival):
-        reason = _worse(policy, held_out.rival, held_out.candidate, "holdout")
+    for contest, what in ((best, "ratchet"), (held_out, "holdout")):
+        if not reason and contest is not None and _is_rival(contest.rival):
+            finite = contest.candidate.finite  # if not, there is nothing of it to compare
+            reason = _worse(policy, contest.rival, contest.candidate, what) if finite else "nonfinite"
     if not reason and live is not None and not distance <= policy.max_distance:  # also NaN
         improved = all(beats(policy, Contest(after, live)) for after in (candidate, now or candidate))
         reason = "" if improved else "distance"

@@ -302,7 +302,9 @@ class Trainer:
             self._finish_step()
         by_count = 0 < policy.publish_every_examples <= self._unpublished
         if (by_time or by_count) and self._unpublished:
-            self._published_s, self._unpublished = now_s, 0
+            if not self._tally.checkpoints:
+                self._checkpoint()  # a version's lineage must outlive this process
+            self._published_s, self._unpublished, self._unsaved = now_s, 0, True
             decision = self._publisher.offer(self._facts)
             if decision is not None and decision.reason == "nonfinite":
                 self._heal()

@@ -2,10 +2,21 @@
 
 The live version is whatever the store's pointer names, so a rollback is respected: the next candidate is judged against
 the version that was rolled back to, and no later one is taken for the best.
+
+Which rows a version had learned is a count, and counts can be compared within one *lineage*: all that has been learned
+since a trainer started from nothing. Its id is drawn then, kept in the checkpoint and written into each manifest beside
+the count. A trainer that was killed between a publication and its next checkpoint goes back to fewer rows than the live
+version had learned; it learns the same rows again in the same order (a replay is exact, as long as the settings are the
+same), so that version is judged on rows beyond its own count only, and until there are enough of them the gate holds.
+Nothing is known of a version of another lineage, or of one that names none (pretrained, or published by an older
+build): it is judged on all recent rows. If it had learned some of them it looks better than it is, and candidates may
+be held until these rows have been replaced by later ones.
 """
 
 from __future__ import annotations
 
+import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -25,7 +36,8 @@ from stream_scorer.trainer.ports import TrainerPorts
 
 _log = structlog.get_logger("stream_scorer.trainer")
 
-LEARNED = "learned"  # in a manifest: how many rows its trainer had learned
+LINEAGE = "lineage"  # in a manifest and in a checkpoint: which trainer's rows are counted
+LEARNED = "learned"  # in a manifest: how many rows of its lineage it had learned
 HELD_OUT_ROWS = 1_000  # of each kind, that a candidate is judged on
 _NOTHING = np.zeros(0, np.float32)
 
@@ -43,7 +55,7 @@ class PublishTally:
 
 
 class _Opened(NamedTuple):
-    """A published version; ``learned``: rows it had learned of this trainer's, 0 for a version of another origin."""
+    """A published version; ``learned``: rows of this trainer's lineage it had learned, 0 for one of another lineage."""
 
     judge: Judge
     learned: int
@@ -58,16 +70,16 @@ class _Said(NamedTuple):
 
 
 class _Match(NamedTuple):
-    """A candidate and a rival on the rows that neither had learned from."""
+    """A candidate and a rival on the rows that neither had learned from; all recent rows when there is no rival."""
 
     progressive: Verdicts
     now: _Said
-    rival: _Said
+    rival: _Said | None
 
     @property
-    def contest(self) -> Contest:
+    def contest(self) -> Contest | None:
         """By progressive predictions."""
-        return Contest(self.progressive, self.rival.verdicts)
+        return None if self.rival is None else Contest(self.progressive, self.rival.verdicts)
 
 
 class Publisher:
@@ -77,6 +89,7 @@ class Publisher:
         """``rows``: recent first emissions, and as many matured clicks, that a candidate is judged on."""
         self._ports, self._policy, self._keep_versions = ports, policy, keep_versions
         self._rows = GateRows(rows, max(HELD_OUT_ROWS, policy.min_examples))
+        self._lineage = secrets.token_hex(8)  # of a trainer that starts from nothing; `restore` goes on with its own
         self._open: dict[int, _Opened | None] = {}  # live and best; None: it cannot be read
         self._live: int | None = None
         self._best: int | None = None
@@ -127,7 +140,7 @@ class Publisher:
         if self._best is None or live is None or self._best > live:  # a rollback takes the best one's title too
             self._best = live
         for version in (live, self._best):
-            if version is not None and version not in self._open:
+            if version is not None and self._open.get(version) is None:  # one that could not be read may be by now
                 self._open[version] = self._opened(version)
         if self._best is not None and self._open[self._best] is None:
             self._best = live
@@ -140,43 +153,47 @@ class Publisher:
         except ModelRefused as error:
             _log.error("a version cannot be read: the candidate is judged without it", error=str(error))
             return None
-        learned = info.manifest.get(LEARNED, 0)
-        # more than was learned here: published by a trainer whose checkpoints are gone
-        return _Opened(judge, learned if isinstance(learned, int) and learned <= self._rows.learned else 0)
+        learned = info.manifest.get(LEARNED) if info.manifest.get(LINEAGE) == self._lineage else None
+        return _Opened(judge, learned if isinstance(learned, int) else 0)
 
     def _decide(self) -> tuple[Decision, Contest | None]:
-        """The decision, and how the candidate did against the best version."""
-        learner, rows = self._ports.learner, self._rows
-        live = self._open.get(self._live) if self._live is not None else None
-        if live is None:
-            first, matured = rows.first_since(0), rows.matured_since(0)
-            said = _progressive(first, matured)
-            now = _ask(learner, first, matured)
-            return decide(self._policy, None, said, now=now.verdicts), None
-        match = self._match(live)
-        distance = max(gap(match.rival.ctr_B, match.now.ctr_B), gap(match.rival.cvr_B, match.now.cvr_B))
-        best = match.contest
-        rival = self._open.get(self._best) if self._best is not None else None
-        if rival is not None and self._best != self._live:
-            best = self._match(rival).contest
-        first, matured = rows.held_out()
-        held_out = Contest(_ask(learner, first, matured).verdicts, _ask(live.judge, first, matured).verdicts)
-        decision = decide(
-            self._policy, match.rival.verdicts, match.progressive, distance,
-            now=match.now.verdicts, best=best, held_out=held_out,
-        )  # fmt: skip
-        return decision, best
+        """The decision, and how the candidate did against the best version.
 
-    def _match(self, rival: _Opened) -> _Match:
-        first, matured = self._rows.first_since(rival.learned), self._rows.matured_since(rival.learned)
+        With a live version that cannot be read the best one is still a rival; without any the candidate stands alone.
+        """
+        live, best = (None if version is None else self._open.get(version) for version in (self._live, self._best))
+        match = self._match(live)
+        contest = match.contest if best is None or best is live else self._match(best).contest
+        held_out = self._held_out(live or best)
+        distance = 0.0
+        if match.rival is not None:
+            distance = max(gap(match.rival.ctr_B, match.now.ctr_B), gap(match.rival.cvr_B, match.now.cvr_B))
+        decision = decide(
+            self._policy, match.rival.verdicts if match.rival else None, match.progressive, distance,
+            now=match.now.verdicts, best=contest, held_out=held_out,
+        )  # fmt: skip
+        return decision, contest
+
+    def _match(self, rival: _Opened | None) -> _Match:
+        learned = rival.learned if rival is not None else 0
+        first, matured = self._rows.first_since(learned), self._rows.matured_since(learned)
         now = _ask(self._ports.learner, first, matured)
-        return _Match(_progressive(first, matured), now, _ask(rival.judge, first, matured))
+        return _Match(_progressive(first, matured), now, None if rival is None else _ask(rival.judge, first, matured))
+
+    def _held_out(self, rival: _Opened | None) -> Contest | None:
+        """By what both say now: neither has learned from these rows."""
+        if rival is None:
+            return None
+        first, matured = self._rows.held_out()
+        return Contest(_ask(self._ports.learner, first, matured).verdicts, _ask(rival.judge, first, matured).verdicts)
 
     def _publish(self, decision: Decision, facts: Facts) -> int:
         ports, parent = self._ports, self._live
+        # JSON has no word for an infinite PCOC
+        gate = {name: number if math.isfinite(number) else None for name, number in decision.numbers.items()}
         manifest = {
-            **facts(), "parent": parent, "created_ms": ports.clock.now_ms(), "gate": dict(decision.numbers),
-            LEARNED: self._rows.learned,
+            **facts(), "parent": parent, "created_ms": ports.clock.now_ms(), "gate": gate,
+            LINEAGE: self._lineage, LEARNED: self._rows.learned,
         }  # fmt: skip
         version = ports.store.publish(lambda path, number: ports.learner.export(path, {**manifest, "version": number}))
         self.tally.versions_published += 1
@@ -185,7 +202,7 @@ class Publisher:
         ports.metrics.inc(names.VERSIONS_PUBLISHED)
         try:
             ports.store.prune(self._keep_versions, () if self._best is None else (self._best,))
-        except OSError as error:
+        except (RecoverableError, OSError) as error:
             _log.warning("old versions stay", error=str(error))
         _log.info("version published", version=version, parent=parent, reason=decision.reason)
         return version
@@ -196,11 +213,12 @@ class Publisher:
 
     def state(self) -> dict[str, Any]:
         """JSON data for a checkpoint."""
-        return {"tally": asdict(self.tally), "best": self._best}
+        return {"tally": asdict(self.tally), "best": self._best, LINEAGE: self._lineage}
 
     def restore(self, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take over what `state` and `arrays` gave."""
+        """Take over what `state` and `arrays` gave. A state without a lineage, of an older build, begins one here."""
         self.tally, self._best = PublishTally(**state["tally"]), state["best"]
+        self._lineage = state.get(LINEAGE, self._lineage)
         self._rows.restore(arrays)
         self._open = {}
 

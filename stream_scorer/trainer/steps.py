@@ -37,15 +37,16 @@ class Steps:
         self.mean_ms = 0.0  # what a step takes, lately
 
     def launch(self, examples: Examples, settled_ms: int) -> None:
-        """Begin; the step before must have been collected."""
+        """Begin; the step before must have been collected. Not beside the loop it raises what the learner raises."""
         if self._flying is not None:
             raise AssertionError("the step before was not collected")
-        self.rows = examples.rows
         if self._thread is not None:
             self._flying = self._thread.submit(self._take, examples, settled_ms)
         else:
-            self._flying = Future()
-            self._flying.set_result(self._take(examples, settled_ms))
+            taken: Future[Step] = Future()
+            taken.set_result(self._take(examples, settled_ms))  # when it raises nothing is in flight
+            self._flying = taken
+        self.rows = examples.rows
 
     def collect(self) -> Step | None:
         """The step in flight, waited for; None when there is none. Raises what the learner raised."""

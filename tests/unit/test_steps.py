@@ -25,6 +25,7 @@ def outcome(path, overlap: bool, **policy):
     trainer = world.trainer
     trainer._checkpoint()
     state = trainer._state()
+    del state["publisher"]["lineage"]  # drawn at random by each that starts from nothing
     trainer._steps.close()
     return world.learner.weights, world.learner.seen, state, world.store.versions()
 

@@ -148,6 +148,8 @@ def test_weights_that_are_no_numbers_without_a_checkpoint_end_the_process(tmp_pa
     world = TrainerWorld(tmp_path, policy=GATED, make_learner=Spoiled)
     Market(requests=300).fill(world.source)
     world.until_idle()
+    drained(world)
+    shutil.rmtree(tmp_path / "checkpoints" / "000000000001")
     world.learner.spoil = "nan"
     world.clock.advance(10.1)
     with pytest.raises(FatalError, match="no checkpoint to go back to"):
