@@ -17,7 +17,7 @@ from esmm.loss import masked_bce
 from esmm.model import Tower
 from esmm.optim import DenseAdam
 
-_FULL_WEIGHT_ROWS = 32  # fewer matured rows in a batch weigh less: Adam would blow a single row up to a whole step
+FULL_WEIGHT_ROWS = 32  # fewer matured rows in a batch weigh less: Adam would blow a single row up to a whole step
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class Heads(nn.Module):
         self.adam = DenseAdam(self.parameters(), rule.learning_rate)
 
     @property
+    def linears(self) -> list[nn.Linear]:
+        """The layers; all but the last have a ReLU."""
+        return [*(one for one in self.tower.linears if isinstance(one, nn.Linear)), self.final]
+
+    @property
     def trusted(self) -> bool:
         """Whether their probabilities may weigh rows now."""
         return self.trust.earned(self.rule)
@@ -83,14 +88,10 @@ class Heads(nn.Module):
 
     def loss(self, logits_B2: Tensor, targets: HeadTargets) -> Tensor:
         """Nats a matured row, both heads added."""
-        rn = masked_bce(logits_B2[:, 0], targets.rn_label_B, targets.rn_mask_B, _FULL_WEIGHT_ROWS)
-        return rn + masked_bce(logits_B2[:, 1], targets.dp_label_B, targets.dp_mask_B, _FULL_WEIGHT_ROWS)
+        rn = masked_bce(logits_B2[:, 0], targets.rn_label_B, targets.rn_mask_B, FULL_WEIGHT_ROWS)
+        return rn + masked_bce(logits_B2[:, 1], targets.dp_label_B, targets.dp_mask_B, FULL_WEIGHT_ROWS)
 
-    def learn(self, logits_B2: Tensor, targets: HeadTargets, scale: float) -> None:
-        """Take the step of the gradient that backward left behind, and count how right ``logits_B2`` were."""
+    def learn(self, scale: float, rows: int, predicted: float, labelled: float) -> None:
+        """Take the step of the gradient that backward left behind; the sums are those of `Trust.add`."""
         self.adam.step(scale)
-        mask_B = targets.rn_mask_B
-        sums = torch.stack(
-            [mask_B.sum(), (torch.sigmoid(logits_B2[:, 0]) * mask_B).sum(), (targets.rn_label_B * mask_B).sum()]
-        ).tolist()
-        self.trust.add(int(sums[0]), sums[1], sums[2], self.rule.horizon)
+        self.trust.add(rows, predicted, labelled, self.rule.horizon)

@@ -7,6 +7,7 @@ One thread at a time. On one compute thread every step is reproducible bit for b
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from esmm.admission import Admission, AdmissionRule
-from esmm.batch import Examples, FeatureBlock, Float32, StepStats
+from esmm.batch import Bool, Examples, FeatureBlock, Float32, StepStats
 from esmm.delay import (
     DEFAULT,
     Beliefs,
@@ -31,15 +32,15 @@ from esmm.delay import (
     served_ctcvr,
 )
 from esmm.features import SOURCES
-from esmm.heads import HeadRule, Heads, Trust
+from esmm.graphs import as_tensor
+from esmm.heads import FULL_WEIGHT_ROWS, HeadRule, Heads, Trust
 from esmm.loss import entire_space_loss
-from esmm.model import ESMM, probabilities
+from esmm.model import ESMM, Lookup, probabilities
 from esmm.optim import DenseAdam, RowRule, Tables, Touched
 from esmm.restart import read_state, refused, write_state
 from esmm.sampling import NegativeSampler
-from esmm.towers import HandTowers, Part, Precision, distinct
+from esmm.towers import HandTowers, Numbers, Part, Passed, Precision, StepRule, distinct
 
-InputAt = Callable[[Tensor], Tensor]  # some of the B rows -> the towers' input there, detached
 _ADMISSION = "admission."  # of tensors that a checkpoint has only when the rule was on
 WriteVersion = Callable[[Path, ESMM, Mapping[str, Any]], object]
 
@@ -91,10 +92,9 @@ class Evaluator:
 
 
 class _Forward(NamedTuple):
-    """One batch through the towers and heads, with what it will teach."""
+    """One batch through towers and heads under autograd, with what it will teach."""
 
     logits_B2: Tensor
-    parts: Sequence[Part]  # what the towers by hand were given; empty under autograd
     head_logits_B2: Tensor
     rows: Rows
     weights: Weights
@@ -126,7 +126,7 @@ class Learner:
         self._adam = DenseAdam(dense, config.learning_rate, config.l2_dense)
         self._heads = Heads(model.input_dim, config.heads, config.seed)
         by_hand = config.by_hand and HandTowers.fit(model)
-        self._hand = HandTowers(model, config.precision) if by_hand else None
+        self._hand = HandTowers(model, self._heads.linears, self.method, config.precision) if by_hand else None
         self._dropout = model.hyper["dnn_dropout"] > 0
         self._batch_norm = [buffer for name, buffer in model.named_buffers() if ".bn." in name]
 
@@ -145,99 +145,116 @@ class Learner:
         With ``negative_keep`` below 1 all rows are predicted still, so that metrics are of the world as it is; the
         loss and the first rows in what is returned are those of the rows that were learned from.
         """
-        learned = self._sampler.take(examples)
-        apart = self._dropout or self._batch_norm or learned is not examples
+        kept_B = self._sampler.kept(examples)
+        learned = examples if kept_B is None else examples.take(np.flatnonzero(kept_B))
+        apart = self._hand is None and (self._dropout or bool(self._batch_norm) or learned is not examples)
         before = self.predict(examples) if apart else None
         with self._undo_batch_norm() as undo:
-            forward = self._forward(learned)
-            self._adam.zero()
-            self._heads.adam.zero()
-            (forward.loss + forward.head_loss).backward()  # type: ignore[no-untyped-call]
-            self._towers_backward(forward)
+            passed = self._by_hand(self._hand, learned) if self._hand is not None else self._by_autograd(learned)
+            if before is None:
+                before = self.evaluator.served(self._whole(passed.logits_B2, examples, kept_B))
             self._admission.see(examples)
-            finite = self._learn(forward, self._admission.admitted(self._tables.collect()))
+            finite, numbers = self._learn(passed.numbers_N, self._admission.admitted(self._tables.collect()))
             if not finite:
                 undo()
         self.steps += 1
-        ctr_B, ctcvr_B = before or self.evaluator.served(forward.logits_B2)
-        first_rows = int(forward.rows.first_B.sum())
-        return StepStats(examples.rows, first_rows, float(forward.loss.detach()), ctr_B, ctcvr_B, finite)
+        return StepStats(examples.rows, int(numbers.first), numbers.loss, *before, finite)
+
+    def _whole(self, logits_B2: Tensor, examples: Examples, kept_B: Bool | None) -> Tensor:
+        """Logits of all rows, those of the kept ones being known."""
+        if kept_B is None or self._hand is None:
+            return logits_B2
+        dropped = examples.take(np.flatnonzero(~kept_B))
+        with torch.no_grad():
+            parts = self._parts(dropped, self.model.lookup)
+        whole_B2, kept = torch.empty(examples.rows, 2), torch.from_numpy(kept_B)
+        whole_B2[kept] = logits_B2
+        whole_B2[~kept] = self._hand.logits(parts, dropped.rows)
+        return whole_B2
+
+    def _by_hand(self, hand: HandTowers, examples: Examples) -> Passed:
+        """By hand down to the embeddings, which autograd takes from there."""
+        parts = self._parts(examples, self._tables.lookup)
+        rule = StepRule(self.fallback, self._sampler.shift, FULL_WEIGHT_ROWS)
+        passed = hand.step(parts, examples, rule, (self._adam.grad_P, self._heads.adam.grad_P))
+        pairs = [(part.x_UD, grad_UE) for part, grad_UE in zip(parts, passed.grads, strict=True) if grad_UE.shape[1]]
+        if pairs:
+            outputs = [x_UD[:, : grad_UE.shape[1]] for x_UD, grad_UE in pairs]
+            torch.autograd.backward(outputs, [grad_UE for _, grad_UE in pairs])
+        return passed
+
+    def _parts(self, examples: Examples, lookup: Lookup) -> list[Part]:
+        parts = []
+        for source, block in zip(SOURCES, (examples.user, examples.item, examples.context), strict=True):
+            unique, row_of_B = distinct(block)
+            ids_US, dense_UD = as_tensor(unique.ids_NS), as_tensor(unique.dense_ND)
+            parts.append(Part(self.model.embed_source(source, ids_US, dense_UD, lookup), row_of_B))
+        return parts
+
+    def _by_autograd(self, examples: Examples) -> Passed:
+        """The plain path, and the only one of models that are not done by hand."""
+        forward = self._forward(examples)
+        self._adam.zero()
+        self._heads.adam.zero()
+        (forward.loss + forward.head_loss).backward()  # type: ignore[no-untyped-call]
+        first_B, mask_B, targets = forward.rows.first_B, forward.targets.rn_mask_B, forward.targets
+        numbers = (
+            forward.loss.detach(),
+            torch.linalg.vector_norm(self._adam.grad_P),
+            torch.linalg.vector_norm(self._heads.adam.grad_P),
+            (first_B + forward.weights.positive_B + forward.weights.negative_B).sum(),
+            first_B.sum(),
+            forward.head_loss.detach(),
+            targets.dp_mask_B.sum(),
+            mask_B.sum(),
+            (torch.sigmoid(forward.head_logits_B2.detach()[:, 0]) * mask_B).sum(),
+            (targets.rn_label_B * mask_B).sum(),
+        )
+        return Passed(forward.logits_B2, [], torch.stack(numbers))
 
     def _forward(self, examples: Examples) -> _Forward:
         columns = (examples.click_B, examples.conversion_B, examples.observed_B)
         rows = sample_classes(torch.tensor(examples.kind_B), *(torch.tensor(c, dtype=torch.float32) for c in columns))
-        logits_B2, parts, x_of = self._towers_forward(examples)
-        head_logits_B2 = self._head_logits(x_of, rows)
+        ids_BS, dense_BD = _inputs(self.model, examples, slice(None))
+        x_BD = self.model.embed(ids_BS, dense_BD, self._tables.lookup)
+        with self._own_randomness():
+            logits_B2 = self.model.towers(x_BD)
+        head_logits_B2 = self._head_logits(x_BD.detach(), rows)
         rn_B, dp_B = torch.sigmoid(head_logits_B2.detach()).unbind(1)
         beliefs = Beliefs(torch.sigmoid(logits_B2.detach()[:, 1]), rn_B, dp_B)
         weights = (fake_negative if self.fallback else self.method.weights)(rows, beliefs)
         targets = head_targets(rows)
         click_B = torch.tensor(examples.click_B, dtype=torch.float32)
         loss = entire_space_loss(self._sampler.shifted(logits_B2), click_B, rows.first_B, *weights)
-        return _Forward(
-            logits_B2, parts, head_logits_B2, rows, weights, targets, loss, self._heads.loss(head_logits_B2, targets)
-        )
+        head_loss = self._heads.loss(head_logits_B2, targets)
+        return _Forward(logits_B2, head_logits_B2, rows, weights, targets, loss, head_loss)
 
-    def _towers_forward(self, examples: Examples) -> tuple[Tensor, Sequence[Part], InputAt]:
-        """Logits to differentiate by, the parts to go back through, and the towers' input at any rows, detached."""
-        if self._hand is None:
-            ids_BS, dense_BD = _inputs(self.model, examples, slice(None))
-            x_BD = self.model.embed(ids_BS, dense_BD, self._tables.lookup)
-            with self._own_randomness():
-                return self.model.towers(x_BD), (), lambda index_K: x_BD.detach().index_select(0, index_K)
-        parts = []
-        for source, block in zip(SOURCES, (examples.user, examples.item, examples.context), strict=True):
-            unique, row_of_B = distinct(block)
-            ids_US, dense_UD = torch.from_numpy(unique.ids_NS), torch.from_numpy(unique.dense_ND)
-            parts.append(Part(self.model.embed_source(source, ids_US, dense_UD, self._tables.lookup), row_of_B))
-        logits_B2 = self._hand.forward(parts, examples.rows).requires_grad_()
-        columns_D = torch.from_numpy(np.concatenate([self.model.input_columns(source) for source in SOURCES]))
-
-        def x_of(index_K: Tensor) -> Tensor:
-            x_KD = torch.cat([part.rows(index_K) for part in parts], 1)
-            return torch.empty_like(x_KD).index_copy_(1, columns_D, x_KD)
-
-        return logits_B2, parts, x_of
-
-    def _towers_backward(self, forward: _Forward) -> None:
-        """By hand from the logits to the embeddings, which autograd takes from there."""
-        if self._hand is None:
-            return
-        grads = self._hand.backward(_gradient(forward.logits_B2))
-        pairs = [(p.x_UD, g) for p, g in zip(forward.parts, grads, strict=True) if g is not None]
-        outputs = [x_UD[:, : grad_UE.shape[1]] for x_UD, grad_UE in pairs]
-        if outputs:
-            torch.autograd.backward(outputs, [grad_UE for _, grad_UE in pairs])
-
-    def _head_logits(self, x_of: InputAt, rows: Rows) -> Tensor:
+    def _head_logits(self, x_BD: Tensor, rows: Rows) -> Tensor:
         """Logits of [f_rn, f_dp] where the method or the heads' own loss asks for them, zero elsewhere."""
         logits_B2 = torch.zeros(len(rows.first_B), 2)
         if not self.method.needs_heads:
             return logits_B2
         used_B = rows.pending_B + rows.matured_B if not self.method.needs_dp else torch.ones(len(logits_B2))
         index_K = used_B.nonzero()[:, 0]
-        return logits_B2.index_copy(0, index_K, self._heads(x_of(index_K)))
+        return logits_B2.index_copy(0, index_K, self._heads(x_BD.index_select(0, index_K)))
 
-    def _learn(self, forward: _Forward, touched: Sequence[Touched]) -> bool:
-        """Apply the gradients if all are finite; says whether they were."""
-        grads = [self._adam.grad_P, *(t.grad_UE for t in touched)]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
-        head_norm = torch.linalg.vector_norm(self._heads.adam.grad_P)
-        weighted = (forward.rows.first_B + forward.weights.positive_B + forward.weights.negative_B).sum()
-        matured = forward.targets.dp_mask_B.sum()
-        facts = (forward.loss.detach(), forward.head_loss.detach(), norm, head_norm, weighted, matured)
-        numbers = torch.stack(facts)
-        if not bool(torch.isfinite(numbers).all()):
-            return False
-        _, _, norm_, head_norm_, weighted_, matured_ = numbers.tolist()
-        if weighted_ > 0:  # with nothing to learn from, Adam's momentum would still move the towers
-            scale = self._clip(norm_)
+    def _learn(self, numbers_N: Tensor, touched: Sequence[Touched]) -> tuple[bool, Numbers]:
+        """Apply the gradients if all are finite; whether they were."""
+        norms = [torch.linalg.vector_norm(one.grad_UE) for one in touched]
+        known = (torch.cat([numbers_N, torch.stack(norms)]) if norms else numbers_N).tolist()
+        numbers = Numbers(*known[: len(numbers_N)])
+        norm = math.hypot(numbers.norm, *known[len(numbers_N) :])
+        if not all(map(math.isfinite, known)):
+            return False, numbers
+        if numbers.weighted > 0:  # with nothing to learn from, Adam's momentum would still move the towers
+            scale = self._clip(norm)
             self._adam.step(scale)
             for tables, rows_U, grad_UE in touched:
                 tables.learn(rows_U, grad_UE, scale)
-        if self.method.needs_heads and matured_ > 0:
-            self._heads.learn(forward.head_logits_B2.detach(), forward.targets, self._clip(head_norm_))
-        return True
+        if self.method.needs_heads and numbers.matured > 0:
+            sums = (int(numbers.rn_rows), numbers.rn_predicted, numbers.rn_labelled)
+            self._heads.learn(self._clip(numbers.head_norm), *sums)
+        return True, numbers
 
     def _clip(self, norm: float) -> float:
         return 1.0 if norm <= self.config.clip_norm else self.config.clip_norm / norm
@@ -326,9 +343,3 @@ def _inputs(model: ESMM, examples: Examples, rows: slice) -> tuple[Tensor, Tenso
     blocks = (examples.user, examples.item, examples.context)
     ids_BS, dense_BD = model.schema.pack(*(FeatureBlock(b.ids_NS[rows], b.dense_ND[rows]) for b in blocks))
     return torch.from_numpy(ids_BS), torch.from_numpy(dense_BD)
-
-
-def _gradient(of: Tensor) -> Tensor:
-    if of.grad is None:
-        raise AssertionError("the loss did not reach the logits")
-    return of.grad

@@ -46,6 +46,27 @@ def entire_space_loss(
     return (ctr + ctcvr) / torch.maximum(first_B.sum(), weighted / 2).clamp(min=1.0)
 
 
+def entire_space_gradient(
+    logits_B2: Tensor, click_B: Tensor, first_B: Tensor, positive_B: Tensor, negative_B: Tensor, shift: float
+) -> tuple[Tensor, Tensor]:
+    """The sum that `entire_space_loss` divides, of u + ``shift`` and v, and its gradient (2, B), without autograd.
+
+    ``click_B`` is 0 or 1. By u, with a = sigmoid(u): d log t = 1 - a and d log(1 - t) = -(1 - a) t / (1 - t), by v
+    likewise with c; the last one is at most 1, and is computed in log space. TorchScript runs this too.
+    """
+    z_2B = torch.stack([logits_B2[:, 0] + shift, logits_B2[:, 1]])
+    log_half = -0.6931471805599453
+    log_2B, log_not_2B = F.logsigmoid(z_2B), F.logsigmoid(-z_2B)
+    log_t_B = log_2B[0] + log_2B[1]
+    small_B = torch.log1p(-torch.exp(log_t_B.clamp(max=log_half)))
+    log_not_t_B = torch.where(log_t_B < log_half, small_B, torch.logaddexp(log_not_2B[0], log_2B[0] + log_not_2B[1]))
+    log_click_B = torch.where(click_B > 0, log_2B[0], log_not_2B[0])
+    total = -(first_B * log_click_B + positive_B * log_t_B + negative_B * log_not_t_B).sum()
+    grad_2B = negative_B * torch.exp(log_not_2B + (log_t_B - log_not_t_B)) - positive_B * torch.exp(log_not_2B)
+    grad_2B[0] += first_B * (torch.exp(log_2B[0]) - click_B)
+    return total, grad_2B
+
+
 def masked_bce(logit_B: Tensor, label_B: Tensor, mask_B: Tensor, at_least: float = 1.0) -> Tensor:
     """Binary cross-entropy with logits over the rows where ``mask_B`` is 1, in nats a row, zero when there is none.
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from esmm.graphs import as_written, scripted
 
 EmbeddingOptimiser = Literal["adagrad", "lazy-adam"]
 _ALIGN = 16  # floats: every parameter starts on a cache line
@@ -50,18 +51,34 @@ class DenseAdam:
     def step(self, scale: float = 1.0) -> None:
         """Learn from ``scale`` times the gradient."""
         self.steps += 1
-        if scale != 1.0:
-            self.grad_P.mul_(scale)
-        if self.l2:
-            self.grad_P.add_(self.weight_P, alpha=self.l2)
-        self.mean_P.lerp_(self.grad_P, 1 - _BETA_1)
-        self.square_P.mul_(_BETA_2).addcmul_(self.grad_P, self.grad_P, value=1 - _BETA_2)
-        inverse_root_P = (self.square_P / (1 - _BETA_2**self.steps)).add_(_EPS_SQUARE).rsqrt_()
-        self.weight_P.addcmul_(self.mean_P, inverse_root_P, value=-self.learning_rate / (1 - _BETA_1**self.steps))
+        rates = (1 - _BETA_1, _BETA_2, 1 - _BETA_2**self.steps, -self.learning_rate / (1 - _BETA_1**self.steps))
+        with as_written():
+            scripted(_adam)(self.weight_P, self.mean_P, self.square_P, self.grad_P, scale, self.l2, rates, _EPS_SQUARE)
 
     def state(self) -> dict[str, Tensor]:
         """What a restart needs besides the parameters and ``steps``; not copied."""
         return {"mean": self.mean_P, "square": self.square_P}
+
+
+def _adam(
+    weight_P: Tensor,
+    mean_P: Tensor,
+    square_P: Tensor,
+    grad_P: Tensor,
+    scale: float,
+    l2: float,
+    rates: tuple[float, float, float, float],
+    eps_square: float,
+) -> None:
+    """In place. ``rates``: of the mean, of the square, the square's bias, and the step's over the mean's bias."""
+    if scale != 1.0:
+        grad_P.mul_(scale)
+    if l2 != 0.0:
+        grad_P.add_(weight_P, alpha=l2)
+    mean_P.lerp_(grad_P, rates[0])
+    square_P.mul_(rates[1]).addcmul_(grad_P, grad_P, value=1 - rates[1])
+    inverse_root_P = (square_P / rates[2]).add_(eps_square).rsqrt_()
+    weight_P.addcmul_(mean_P, inverse_root_P, value=rates[3])
 
 
 @dataclass(frozen=True)
@@ -102,12 +119,9 @@ class TablesOfWidth:
         self.looked_up.clear()
         if not pairs:
             return None
-        width = self.weight_RE.shape[1]
-        grad_NE = torch.cat([leaf.grad.reshape(-1, width) for _, leaf in pairs])  # type: ignore[union-attr]
-        sorted_N, order_N = torch.sort(torch.cat([rows_N for rows_N, _ in pairs]), stable=True)
-        rows_U, count_U = torch.unique_consecutive(sorted_N, return_counts=True)
-        start_U = torch.cumsum(count_U, 0) - count_U
-        grad_UE = F.embedding_bag(order_N, grad_NE, start_U, mode="sum")  # five times faster than index_add_
+        grads = [leaf.grad for _, leaf in pairs if leaf.grad is not None]
+        with as_written():
+            rows_U, grad_UE = scripted(_by_row)([rows_N for rows_N, _ in pairs], grads, self.weight_RE.shape[1])
         return Touched(self, rows_U, grad_UE)
 
     def learn(self, rows_U: Tensor, grad_UE: Tensor, scale: float) -> None:
@@ -115,32 +129,76 @@ class TablesOfWidth:
 
         ``grad_UE`` is used up.
         """
-        grad_UE.mul_(scale)
-        moved_U = _squares(grad_UE) > 0
-        if self.rule.l2:
-            row_UE = self.weight_RE.index_select(0, rows_U)
-            grad_UE.addcmul_(row_UE, moved_U[:, None].to(row_UE.dtype), value=self.rule.l2)
-        step = self._adagrad if self.rule.optimiser == "adagrad" else self._lazy_adam
-        self.weight_RE.index_add_(0, rows_U, step(rows_U, grad_UE, moved_U))  # its alpha would loop over rows
+        rule, state = self.rule, self.state
+        with as_written():
+            moved_U = scripted(_ready)(self.weight_RE, rows_U, grad_UE, scale, rule.l2)
+            if rule.optimiser == "adagrad":
+                decay = (rule.learning_rate, rule.decay, _EPS_SQUARE)
+                scripted(_adagrad)(self.weight_RE, state["square"], rows_U, grad_UE, moved_U, decay)
+            else:
+                rates = (rule.learning_rate, _BETA_1, _BETA_2, _EPS_SQUARE)
+                moments = (state["touches"], state["mean"], state["square"])
+                scripted(_lazy_adam)(self.weight_RE, moments, rows_U, grad_UE, moved_U, rates)
 
-    def _adagrad(self, rows_U: Tensor, grad_UE: Tensor, moved_U: Tensor) -> Tensor:
-        before_U = self.state["square"].index_select(0, rows_U)
-        after_U = before_U * self.rule.decay + _squares(grad_UE) / grad_UE.shape[1]
-        self.state["square"].index_copy_(0, rows_U, torch.where(moved_U, after_U, before_U))
-        return grad_UE.mul_(((after_U + _EPS_SQUARE).rsqrt() * -self.rule.learning_rate)[:, None])
 
-    def _lazy_adam(self, rows_U: Tensor, grad_UE: Tensor, moved_U: Tensor) -> Tensor:
-        touches_U = self.state["touches"].index_select(0, rows_U) + moved_U
-        mean_UE, square_UE = (self.state[name].index_select(0, rows_U) for name in ("mean", "square"))
-        moved_U1 = moved_U[:, None]
-        mean_UE = torch.where(moved_U1, mean_UE.lerp(grad_UE, 1 - _BETA_1), mean_UE)
-        square_UE = torch.where(moved_U1, square_UE.lerp(grad_UE.square(), 1 - _BETA_2), square_UE)
-        for name, value in (("touches", touches_U), ("mean", mean_UE), ("square", square_UE)):
-            self.state[name].index_copy_(0, rows_U, value)
-        age_U1 = touches_U.clamp(min=1)[:, None]
-        bias_1_U1, bias_2_U1 = (-torch.expm1(age_U1 * math.log(beta)) for beta in (_BETA_1, _BETA_2))  # 1 - beta**age
-        rate_U1 = moved_U1 * -self.rule.learning_rate / bias_1_U1
-        return mean_UE * rate_U1 * (square_UE / bias_2_U1 + _EPS_SQUARE).rsqrt()
+def _by_row(rows: list[Tensor], grads: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
+    """Places that were looked up, a piece after another, and the gradients there -> each row once, and its sum."""
+    pieces = [grad.reshape(-1, width) for grad in grads]
+    sorted_N, order_N = torch.sort(torch.cat(rows), stable=True)
+    rows_U, _, count_U = torch.ops.aten.unique_consecutive(sorted_N, False, True)
+    start_U = torch.cumsum(count_U, 0) - count_U
+    return rows_U, torch.embedding_bag(torch.cat(pieces), order_N, start_U)[0]  # five times faster than index_add_
+
+
+def _ready(weight_RE: Tensor, rows_U: Tensor, grad_UE: Tensor, scale: float, l2: float) -> Tensor:
+    """Scale and regularise the gradient in place; which rows move."""
+    grad_UE.mul_(scale)
+    moved_U = _squares(grad_UE) > 0
+    if l2 != 0.0:
+        row_UE = weight_RE.index_select(0, rows_U)
+        grad_UE.addcmul_(row_UE, moved_U[:, None].to(row_UE.dtype), value=l2)
+    return moved_U
+
+
+def _adagrad(
+    weight_RE: Tensor,
+    square_R: Tensor,
+    rows_U: Tensor,
+    grad_UE: Tensor,
+    moved_U: Tensor,
+    rates: tuple[float, float, float],
+) -> None:
+    """``rates``: of learning, of decay, and what keeps the root from zero."""
+    before_U = square_R.index_select(0, rows_U)
+    after_U = before_U * rates[1] + _squares(grad_UE) / grad_UE.shape[1]
+    square_R.index_copy_(0, rows_U, torch.where(moved_U, after_U, before_U))
+    grad_UE.mul_(((after_U + rates[2]).rsqrt() * -rates[0])[:, None])
+    weight_RE.index_add_(0, rows_U, grad_UE)  # its alpha would loop over rows
+
+
+def _lazy_adam(
+    weight_RE: Tensor,
+    moments: tuple[Tensor, Tensor, Tensor],
+    rows_U: Tensor,
+    grad_UE: Tensor,
+    moved_U: Tensor,
+    rates: tuple[float, float, float, float],
+) -> None:
+    """``moments``: touches, mean, square. ``rates``: of learning, the two betas, and what keeps the root from zero."""
+    rate, beta_1, beta_2, eps_square = rates
+    touches_U = moments[0].index_select(0, rows_U) + moved_U
+    mean_UE, square_UE = moments[1].index_select(0, rows_U), moments[2].index_select(0, rows_U)
+    moved_U1 = moved_U[:, None]
+    mean_UE = torch.where(moved_U1, mean_UE.lerp(grad_UE, 1 - beta_1), mean_UE)
+    square_UE = torch.where(moved_U1, square_UE.lerp(grad_UE.square(), 1 - beta_2), square_UE)
+    moments[0].index_copy_(0, rows_U, touches_U)
+    moments[1].index_copy_(0, rows_U, mean_UE)
+    moments[2].index_copy_(0, rows_U, square_UE)
+    age_U1 = touches_U.clamp(min=1)[:, None]
+    bias_1_U1 = -torch.expm1(age_U1 * math.log(beta_1))  # 1 - beta**age
+    bias_2_U1 = -torch.expm1(age_U1 * math.log(beta_2))
+    rate_U1 = moved_U1 * -rate / bias_1_U1
+    weight_RE.index_add_(0, rows_U, mean_UE * rate_U1 * (square_UE / bias_2_U1 + eps_square).rsqrt())
 
 
 class Tables:

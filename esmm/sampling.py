@@ -33,18 +33,18 @@ class NegativeSampler:
         if not 0.0 < keep <= 1.0:
             raise ValueError(f"the share of unclicked impressions to keep must be in (0, 1], got {keep:g}")
         self.keep = keep
-        self._shift_2 = torch.tensor([-math.log(keep), 0.0])
+        self.shift = -math.log(keep)  # of the CTR logit
 
-    def take(self, examples: Examples) -> Examples:
-        """The rows to learn from, in order; ``examples`` itself when those are all."""
+    def kept(self, examples: Examples) -> Bool | None:
+        """Which of B rows to learn from; None when those are all."""
         if self.keep == 1.0:
-            return examples
+            return None
         kept_B = kept_rows(examples, self.keep)
-        return examples if kept_B.all() else examples.take(np.flatnonzero(kept_B))
+        return None if kept_B.all() else kept_B
 
     def shifted(self, logits_B2: Tensor) -> Tensor:
         """[CTR, CVR] logits of the world as it is -> of the sampled one."""
-        return logits_B2 if self.keep == 1.0 else logits_B2 + self._shift_2
+        return logits_B2 if self.keep == 1.0 else logits_B2 + torch.tensor([self.shift, 0.0])
 
 
 def kept_rows(examples: Examples, keep: float) -> Bool:

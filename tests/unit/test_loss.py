@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esmm.loss import entire_space_loss, log_ctcvr, masked_bce
+from esmm.loss import entire_space_gradient, entire_space_loss, log_ctcvr, masked_bce
 
 GRID = [-110.0, -90.0, -40.0, -20.0, -8.0, -1.0, 0.0, 0.5, 3.0, 8.0, 17.0, 40.0, 90.0, 110.0]
 PAIRS = [(u, v) for u in GRID for v in GRID]
@@ -65,6 +65,37 @@ def test_loss_and_gradient_in_float32_equal_the_textbook_formula_in_float64():
     assert logits32.grad is not None
     assert logits64.grad is not None
     assert torch.allclose(logits32.grad.double(), logits64.grad, rtol=1e-5, atol=2e-9)
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.3])
+def test_the_gradient_without_autograd_is_that_of_autograd(shift):
+    logits64, rest64 = random_batch(torch.float64)
+    shifted = logits64 + torch.tensor([shift, 0.0])
+    first_B, weighted = rest64[1], (rest64[2] + rest64[3] > 0).sum()
+    rows = float(torch.maximum(first_B.sum(), weighted / 2))
+    loss = entire_space_loss(shifted, *rest64)
+    loss.backward()
+    before = logits64.detach().float()
+    total, grad_2B = entire_space_gradient(before, *(x.float() for x in rest64), shift)
+    assert total.item() / rows == pytest.approx(loss.item(), rel=1e-6)
+    assert torch.allclose(grad_2B.t().double() / rows, logits64.grad, rtol=1e-5, atol=2e-9)
+    assert torch.equal(before, logits64.detach().float())
+    one = logits64.detach()[:1].clone()
+    entire_space_gradient(one, *(x[:1] for x in rest64), shift)
+    assert torch.equal(one, logits64.detach()[:1])
+
+
+@pytest.mark.parametrize(("u", "v"), PAIRS)
+def test_without_autograd_a_confident_wrong_row_keeps_its_gradient_too(u, v):
+    one, none = torch.ones(1), torch.zeros(1)
+    (_, positive_21), (_, negative_21) = (
+        entire_space_gradient(torch.tensor([[u, v]]), none, none, p, n, 0.0) for p, n in ((one, none), (none, one))
+    )
+    log_t, log_not_t = exact(u, v)
+    log_not = [-math.log1p(math.exp(x)) for x in (u, v)]
+    assert positive_21.flatten().tolist() == pytest.approx([-math.exp(x) for x in log_not], rel=1e-5, abs=1e-37)
+    expected = [math.exp(x + log_t - log_not_t) for x in log_not]
+    assert negative_21.flatten().tolist() == pytest.approx(expected, rel=3e-5, abs=1e-37)
 
 
 def test_gradients_pass_gradcheck_in_float64():

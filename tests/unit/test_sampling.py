@@ -113,8 +113,8 @@ def test_every_row_is_predicted_and_what_is_learned_is_what_was_kept(tmp_path: P
     expected = whole.predict(batch)
     stats = whole.step(batch)
     assert (stats.rows, stats.first_rows) == (512, int((kept.kind_B == Kind.FIRST).sum()))
-    assert np.array_equal(stats.ctr_B, expected[0])
-    assert np.array_equal(stats.ctcvr_B, expected[1])
+    for said_B, expected_B in zip(stats[3:5], expected, strict=True):
+        np.testing.assert_allclose(said_B, expected_B, rtol=1e-5, atol=0)  # the products are summed in another order
     again = sampled(0.1)
     again.step(kept)
     assert differing(state(whole), state(again)) == set()
@@ -145,9 +145,11 @@ def test_a_restart_continues_bit_for_bit(tmp_path: Path):
     assert differing(state(whole), state(second)) == set()
 
 
-def pcoc(keep: float, rows: Examples, fresh: late.Truth) -> tuple[float, float]:
+def pcoc(keep: float, rows: Examples, fresh: late.Truth, shift: float | None = None) -> tuple[float, float]:
     """CTR's and CTCVR's predicted over true mean on fresh impressions, averaged over the last third of the stream."""
     learner, fresh_rows, predictions = sampled(keep), late.examples(fresh, np.arange(5_000)), []
+    if shift is not None:
+        learner._sampler.shift = shift
     for at in range(0, rows.rows - 511, 512):
         assert learner.step(rows.take(np.arange(at, at + 512))).finite
         if at > rows.rows * 2 / 3 and at % 5_120 == 0:
@@ -158,10 +160,9 @@ def pcoc(keep: float, rows: Examples, fresh: late.Truth) -> tuple[float, float]:
     return ctr / float(rate_N.mean()), ctcvr / float((rate_N * fresh.conversion_rate_N).mean())
 
 
-def test_a_tenth_of_the_negatives_leaves_a_model_calibrated_and_without_the_shift_it_is_not(monkeypatch):
+def test_a_tenth_of_the_negatives_leaves_a_model_calibrated_and_without_the_shift_it_is_not():
     rows, fresh = with_times(late.stream(late.market(240_000, seed=1))), late.market(5_000, seed=99)
     assert pcoc(0.1, rows, fresh) == pytest.approx((1.0, 1.0), abs=0.05)
-    monkeypatch.setattr(NegativeSampler, "shifted", lambda _, logits_B2: logits_B2)
-    ctr, ctcvr = pcoc(0.1, rows, fresh)
+    ctr, ctcvr = pcoc(0.1, rows, fresh, shift=0.0)
     assert ctr > 1.8
     assert ctcvr > 1.5
