@@ -8,7 +8,8 @@ import orjson
 
 from stream_scorer.core.output import OutputPolicy
 from stream_scorer.core.records import OutRecord
-from stream_scorer.core.served import ServedRequest, decode_served
+from stream_scorer.core.served import ServedRequest
+from stream_scorer.core.served_read import decode_served
 from stream_scorer.scorer import Scorer, ScorerPolicy, ScorerPorts
 from tests.builders import ITEM, LAYOUT, LIMITS, OUTPUT, USER, record
 from tests.fakes import (

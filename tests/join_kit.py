@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import count
 
 import numpy as np
 
 from esmm.batch import FeatureBlock, Kind
 from stream_scorer.core.emit import Emission
+from stream_scorer.core.heard import Heard
+from stream_scorer.core.inbox import Inbox
 from stream_scorer.core.join import Joiner
 from stream_scorer.core.join_entry import JoinPolicy
 from stream_scorer.core.messages import Feedback
 from stream_scorer.core.records import TopicPartition
-from stream_scorer.core.served import ServedRequest
+from stream_scorer.core.served import Candidates, ServedRequest, pack_features
 from stream_scorer.core.watermark import Watermark, WatermarkPolicy
 
 SERVED, FEEDBACK = TopicPartition("served", 0), TopicPartition("feedback", 0)
@@ -24,15 +27,21 @@ def served_request(request_id: str, ts: int, items: tuple[str, ...] = ("i0", "i1
     """Features that say whose they are: item ids hold the candidate's place, context the request's time."""
     rows = len(items)
     place = np.arange(rows)
-    return ServedRequest(
-        request_id=request_id,
-        user_id=f"u-{request_id}",
-        items=list(items),
-        user=FeatureBlock(np.array([[ts, 1]], np.int64), np.array([[0.5]], np.float32)),
+    candidates = Candidates(
         item=FeatureBlock(place[:, None].astype(np.int64) + 10, place[:, None].astype(np.float32)),
         context=FeatureBlock(np.full((rows, 1), ts, np.int64), np.zeros((rows, 0), np.float32)),
         ctr_K=(0.1 + 0.01 * place).astype(np.float32),
         ctcvr_K=(0.01 + 0.001 * place).astype(np.float32),
+    )
+    user = FeatureBlock(np.array([[ts, 1]], np.int64), np.array([[0.5]], np.float32))
+    types, user_1, rows_K = pack_features(user, candidates)
+    return ServedRequest(
+        request_id=request_id,
+        user_id=f"u-{request_id}",
+        items=list(items),
+        types=types,
+        user_1=user_1,
+        rows_K=rows_K,
         model_version=1,
         ts_ms=ts,
         scored_at_ms=ts + 3,
@@ -57,9 +66,17 @@ def joiner(policy: JoinPolicy, store, lateness_ms: int = 0) -> Joiner:
 def send(join: Joiner, event: ServedRequest | Feedback) -> None:
     """To the right door."""
     if isinstance(event, Feedback):
-        join.feedback(event, FEEDBACK, event.ts)
+        join.feedback(Heard(event.kind, event.request_id, event.item_id, event.ts), FEEDBACK, event.ts)
     else:
         join.served(event, SERVED, event.ts_ms)
+
+
+def inbox(events: Sequence[ServedRequest | Feedback]) -> Inbox:
+    """As one turn of the trainer; records have the time of their events."""
+    heard = [Heard(e.kind, e.request_id, e.item_id, e.ts) if isinstance(e, Feedback) else e for e in events]
+    where = [FEEDBACK if isinstance(e, Feedback) else SERVED for e in events]
+    times = [event.ts_ms for event in heard]
+    return Inbox(heard, where, times, times, [])
 
 
 def rows_of(emissions: list[Emission]) -> Counter[tuple[object, ...]]:

@@ -22,7 +22,7 @@ from rocksdict import BlockBasedOptions, Cache, Checkpoint, Options, Rdict, Writ
 from stream_scorer.core.join_entry import NEVER, Entry, pack_rows, pack_served, unpack_rows, unpack_served
 from stream_scorer.core.served import ServedRequest
 
-FORMAT = "stream-scorer-join-rocks/1"
+FORMAT = "stream-scorer-join-rocks/2"
 META, DATABASE = "join.json", "rocks"
 BLOCK_CACHE_BYTES = 64 << 20
 WRITE_BUFFER_BYTES = 32 << 20

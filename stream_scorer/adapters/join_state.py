@@ -11,7 +11,7 @@ from typing import BinaryIO
 from stream_scorer.core.join_entry import NEVER, Entry, pack_rows, pack_served, unpack_rows, unpack_served
 
 FILE = "join.bin"
-MAGIC = b"stream-scorer-join/1\n"
+MAGIC = b"stream-scorer-join/2\n"
 _SIZES = struct.Struct("<III")
 
 

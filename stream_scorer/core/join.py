@@ -14,53 +14,32 @@ older impressions than unclicked ones, and while traffic grows or shrinks their 
 "At" means: as soon as the watermark is past it and the end of its tick (`JoinPolicy.tick_ms`), so that everything up
 to then has been heard. As long as events come
 within the lateness the emitted rows are the same for any arrival order. What comes later is counted by name, see
-`Outcome`. Timers fire as a function of the event sequence alone, never of how it was cut into polls.
+`stream_scorer.core.outcomes`. Timers fire as a function of the event sequence alone, never of how it was cut into
+polls.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, Final, Literal
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, Final
 
 from esmm.batch import Kind
 from stream_scorer.core.emit import Emission
 from stream_scorer.core.heard import Heard
-from stream_scorer.core.join_entry import NEVER, NONE, UNKNOWN, Entry, JoinPolicy, JoinStore, Row, Stage, keep_rows
-from stream_scorer.core.messages import Feedback
+from stream_scorer.core.inbox import Event, Inbox
+from stream_scorer.core.join_entry import NEVER, NONE, UNKNOWN, Entry, JoinPolicy, JoinStore, Row, Stage, earliest
 from stream_scorer.core.records import TopicPartition
 from stream_scorer.core.served import ServedRequest
 from stream_scorer.core.watermark import Watermark
 
-Outcome = Literal[
-    # every served message has one of these
-    "served",
-    "served_duplicate",
-    "served_late",  # its time to live is over already: a replay, not news
-    # every feedback event has exactly one of these, once it is decided
-    "impression",
-    "click",
-    "conversion_immediate",  # within the observation window: the first emission carries it
-    "conversion_late",  # emitted as LATE_CONVERSION
-    "duplicate",  # this kind was heard of before for this row: no effect
-    "late_click",  # after the click window: the first emission says unclicked
-    "conversion_without_click",  # or with a late click
-    "conversion_after_attribution",
-    "conversion_after_maturity",  # it would have counted, and came after its row had matured
-    "impression_after_ttl",
-    "click_without_impression",
-    "conversion_without_impression",
-    "item_not_served",  # the request is known, the item is not in its `served` message
-    "after_ttl",  # the request had been forgotten but for its clicked rows
-    "held_overflow",  # too many requests waiting for their `served`
-    "expired_impression",  # `served` never came
-    "expired_click",
-    "expired_conversion",
-    # candidates, not events
-    "never_shown",
-]
+Arrival = tuple[Event, int, int]  # and the watermark after it, and its record's time
 _COUNTS: Final = ("held", "open_impressions", "open_clicks")
-_OPEN, _UNCLICKED, _FIRST = Stage.OPEN, Stage.UNCLICKED, Kind.FIRST  # a class attribute of an enum costs a lookup
+_WAITING, _OPEN, _UNCLICKED = int(Stage.WAITING), int(Stage.OPEN), int(Stage.UNCLICKED)  # plain numbers compare faster
+_SETTLED: Final = frozenset((_WAITING, _UNCLICKED))  # nothing is left to wait for when the request is forgotten
+_FIRST: Final = Kind.FIRST
+_emission = partial(tuple.__new__, Emission)  # a third of what the constructor costs
 _KINDS: Final = ("impression", "click", "conversion")
 
 
@@ -72,11 +51,12 @@ class Joiner:
         self.policy = policy
         self.watermark = watermark
         self.outcomes: Counter[str] = Counter()
+        self.now_ms = watermark.value_ms  # how far event time has surely come after the last event taken
         self.held = 0  # requests known by feedback only
         self.open_impressions = 0  # shown, first emission not made yet
         self.open_clicks = 0  # clicked, not matured
         self._store = store
-        self._first_ms = policy.click_window_ms + (policy.observation_window_ms if policy.together else 0)
+        self._first_ms = policy.first_ms
         self._out: list[Emission] = []
 
     def state(self) -> dict[str, Any]:
@@ -87,6 +67,7 @@ class Joiner:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
         self.watermark.restore(state["watermark"])
+        self.now_ms = self.watermark.value_ms
         self.outcomes = Counter(state["outcomes"])
         for name in _COUNTS:
             setattr(self, name, state[name])
@@ -98,27 +79,85 @@ class Joiner:
 
     def take(self) -> list[Emission]:
         """Everything emitted since the last call, in order."""
-        out, self._out = self._out, []
+        out = self._out.copy()
+        self._out.clear()
         return out
 
     def advance(self, event_ms: int) -> None:
         """Event time has come to ``event_ms`` (all partitions are idle)."""
         self.watermark.advance(event_ms)
+        self.now_ms = self.watermark.value_ms
         self._fire()
+
+    def arrivals(self, inbox: Inbox) -> Iterator[Arrival]:
+        """Events for `take_in`, each with how far event time has surely come after it. Use it up before the next."""
+        values = self.watermark.observe_all(inbox.where, inbox.event_ms, inbox.record_ms)
+        return zip(inbox.events, values, inbox.record_ms, strict=True)
+
+    def take_in(self, arrivals: Iterator[Arrival], until_ms: int) -> int | None:
+        """Take events until rows were emitted or record time is ``until_ms``; the last one's, None when all are taken.
+
+        How the stream was cut into inboxes changes nothing.
+        """
+        store, hear, serve, out = self._store, self._hear, self._serve, self._out
+        get, put, arm = store.get, store.put, store.arm
+        first_ms, tick_ms = self._first_ms, self.policy.tick_ms
+        next_due_ms = store.next_due_ms()
+        shown = 0
+        for event, watermark_ms, record_ms in arrivals:
+            if isinstance(event, Heard):
+                kind, request_id, item, ts = event
+                entry = get(request_id)
+                if (
+                    kind == "impression"
+                    and entry is not None
+                    and item in entry.places
+                    and not (item in entry.shown or item in entry.rows or item in entry.passed)
+                    and ts <= entry.expires_ms
+                    and not entry.closed
+                ):  # what most events are: the impression of a served candidate that nothing was heard of before
+                    due_ms = ts + first_ms
+                    due_ms += -due_ms % tick_ms
+                    entry.shown[item] = ts
+                    shown += 1
+                    if due_ms < entry.armed_ms:
+                        entry.armed_ms = due_ms
+                        arm(due_ms, request_id)
+                        if due_ms < next_due_ms:  # noqa: PLR1730  min() costs a call an event
+                            next_due_ms = due_ms
+                    put(request_id, entry)
+                else:
+                    hear(event, entry)
+                    next_due_ms = store.next_due_ms()
+            else:
+                serve(event)
+                next_due_ms = store.next_due_ms()
+            self.now_ms = watermark_ms
+            if next_due_ms < watermark_ms:
+                self._note_shown(shown)
+                shown = 0
+                self._fire()
+                next_due_ms = store.next_due_ms()
+            if out or record_ms >= until_ms:
+                self._note_shown(shown)
+                return record_ms
+        self._note_shown(shown)
+        return None
+
+    def _note_shown(self, rows: int) -> None:
+        self.open_impressions += rows
+        self.outcomes["impression"] += rows
 
     def served(self, request: ServedRequest, partition: TopicPartition, record_ms: int) -> None:
         """One request as it was scored; ``record_ms`` is the broker's time of its record."""
-        self._serve(request)
-        self.watermark.observe(partition, request.ts_ms, record_ms)
-        if self._store.next_due_ms() < self.watermark.value_ms:
-            self._fire()
+        self._take_one(request, partition, request.ts_ms, record_ms)
 
-    def feedback(self, event: Feedback | Heard, partition: TopicPartition, record_ms: int) -> None:
+    def feedback(self, event: Heard, partition: TopicPartition, record_ms: int) -> None:
         """One impression, click or conversion."""
-        self._hear(event)
-        self.watermark.observe(partition, event.ts, record_ms)
-        if self._store.next_due_ms() < self.watermark.value_ms:
-            self._fire()
+        self._take_one(event, partition, event.ts_ms, record_ms)
+
+    def _take_one(self, event: Event, partition: TopicPartition, event_ms: int, record_ms: int) -> None:
+        self.take_in(self.arrivals(Inbox([event], [partition], [event_ms], [record_ms], [])), NEVER)
 
     def _serve(self, request: ServedRequest) -> None:
         entry = self._store.get(request.request_id)
@@ -126,7 +165,7 @@ class Joiner:
         if entry is not None and entry.served is not None:
             self.outcomes["served_duplicate"] += 1
             return
-        if expires_ms < self.watermark.value_ms:
+        if expires_ms < self.now_ms:
             self.outcomes["served_late"] += 1
             return
         if entry is None:
@@ -134,17 +173,16 @@ class Joiner:
         else:
             self.held -= 1
             entry.served, entry.expires_ms = request, expires_ms
-            self._resolve(entry, request)
+            self._resolve(entry)
         self.outcomes["served"] += 1
-        self._keep(request.request_id, entry, entry.next_due_ms())
+        self._keep(request.request_id, entry, self._next_due_ms(entry))
 
-    def _resolve(self, entry: Entry, served: ServedRequest) -> None:
+    def _resolve(self, entry: Entry) -> None:
         """Feedback came first: give held rows their place in the request."""
-        place = {item: index for index, item in enumerate(served.items)}
         for item, row in list(entry.rows.items()):
-            index = place.get(item, UNKNOWN)
+            index = entry.places.get(item, UNKNOWN)
             if index == UNKNOWN:
-                self.outcomes["item_not_served"] += _events(row)
+                self.outcomes["item_not_served"] += row.events
                 del entry.rows[item]
                 continue
             row.index = index
@@ -154,49 +192,43 @@ class Joiner:
             if row.impression_ms != NONE:
                 self._open(row)
 
-    def _hear(self, event: Feedback | Heard) -> None:
+    def _hear(self, event: Heard, entry: Entry | None) -> None:
         item = event.item_id
-        entry = self._store.get(event.request_id)
-        if event.kind == "impression" and entry is not None and entry.served is not None and item not in entry.rows:
-            place = None if entry.closed or event.ts > entry.expires_ms else _place(entry, item)
-            if place is not None:
-                self._show(event.request_id, entry, item, Row(place, event.ts))
-                return
         if entry is None:
             if self.held >= self.policy.max_held:
                 self.outcomes["held_overflow"] += 1
                 return
             self.held += 1
-            entry = Entry(None, event.ts + self.policy.held_ttl_ms)
-        row = entry.rows.get(item)
+            entry = Entry(None, event.ts_ms + self.policy.held_ttl_ms)
+        row = entry.rows.get(item) or self._as_row(entry, item)
         if row is None:
-            index = _place(entry, item)
+            index = entry.place(item)
             if index is None:
                 self.outcomes["after_ttl" if entry.closed else "item_not_served"] += 1
                 return
             row = entry.rows[item] = Row(index)
-        if row.stage <= Stage.OPEN:
-            self._note(entry, row, event.kind, event.ts)
+        if row.stage <= _OPEN:
+            self._note(entry, row, event.kind, event.ts_ms)
         elif event.kind == "conversion":
-            self._late_conversion(entry, row, event.ts)
-        elif event.kind == "click" and row.stage == Stage.UNCLICKED and row.click_ms == NONE:
-            row.click_ms = event.ts
+            self._late_conversion(entry, row, event.ts_ms)
+        elif event.kind == "click" and row.stage == _UNCLICKED and row.click_ms == NONE:
+            row.click_ms = event.ts_ms
             self.outcomes["late_click"] += 1
         else:
             self.outcomes["duplicate"] += 1
-        self._keep(event.request_id, entry, row.due_ms if entry.armed_ms != NEVER else entry.next_due_ms())
+        self._keep(event.request_id, entry, row.due_ms if entry.armed_ms != NEVER else self._next_due_ms(entry))
 
-    def _show(self, request_id: str, entry: Entry, item: str, row: Row) -> None:
-        """What most events are: the impression of a served candidate that nothing was heard of before."""
-        row.stage = _OPEN
-        row.due_ms = due_ms = self._at_tick(row.impression_ms + self._first_ms)
+    def _as_row(self, entry: Entry, item: str) -> Row | None:
+        """More is heard of a candidate of which only the impression was known."""
+        if item in entry.shown:
+            ts = entry.shown.pop(item)
+            row = Row(entry.places[item], ts, _OPEN, self.policy.at_tick(ts + self._first_ms))
+        elif item in entry.passed:
+            row = Row(entry.places[item], entry.passed.pop(item), _UNCLICKED)
+        else:
+            return None
         entry.rows[item] = row
-        self.open_impressions += 1
-        self.outcomes["impression"] += 1
-        if due_ms < entry.armed_ms:
-            entry.armed_ms = due_ms
-            self._store.arm(due_ms, request_id)
-        self._store.put(request_id, entry)
+        return row
 
     def _note(self, entry: Entry, row: Row, kind: str, ts: int) -> None:
         """Before the first emission: the earliest of each kind counts, so that order does not."""
@@ -204,39 +236,29 @@ class Joiner:
             if entry.served is not None and ts > entry.expires_ms:
                 self.outcomes["impression_after_ttl"] += 1
                 return
-            seen, row.impression_ms = row.impression_ms, _earliest(row.impression_ms, ts)
+            seen, row.impression_ms = row.impression_ms, earliest(row.impression_ms, ts)
         elif kind == "click":
-            seen, row.click_ms = row.click_ms, _earliest(row.click_ms, ts)
+            seen, row.click_ms = row.click_ms, earliest(row.click_ms, ts)
         else:
-            seen, row.conversion_ms = row.conversion_ms, _earliest(row.conversion_ms, ts)
+            seen, row.conversion_ms = row.conversion_ms, earliest(row.conversion_ms, ts)
         if seen != NONE:
             self.outcomes["duplicate"] += 1
-        if row.stage == Stage.OPEN:
-            row.due_ms = self._first_due_ms(row)
+        if row.stage == _OPEN:
+            row.due_ms = self.policy.first_due_ms(row)
         elif entry.served is not None and row.impression_ms != NONE:
             self._open(row)
 
     def _open(self, row: Row) -> None:
-        row.stage = Stage.OPEN
-        row.due_ms = self._first_due_ms(row)
+        row.stage = _OPEN
+        row.due_ms = self.policy.first_due_ms(row)
         self.open_impressions += 1
         self.outcomes["impression"] += 1
-
-    def _first_due_ms(self, row: Row) -> int:
-        click_by_ms = row.impression_ms + self.policy.click_window_ms
-        if self.policy.together or row.click_ms == NONE or row.click_ms > click_by_ms:
-            return self._at_tick(row.impression_ms + self._first_ms)
-        return self._at_tick(max(click_by_ms, row.click_ms + self.policy.observation_window_ms))
-
-    def _at_tick(self, due_ms: int) -> int:
-        """The next multiple of the tick; labels go by the events' own times, whenever their row is emitted."""
-        return due_ms + -due_ms % self.policy.tick_ms
 
     def _late_conversion(self, entry: Entry, row: Row, ts: int) -> None:
         """A conversion after the first emission."""
         if row.conversion_ms != NONE:
             self.outcomes["duplicate"] += 1
-        elif row.stage == Stage.UNCLICKED:
+        elif row.stage == _UNCLICKED:
             row.conversion_ms = ts
             self.outcomes["conversion_without_click"] += 1
         elif ts > row.click_ms + self.policy.attribution_window_ms:
@@ -260,44 +282,51 @@ class Joiner:
             self._store.arm(due_ms, request_id)
         self._store.put(request_id, entry)
 
+    def _next_due_ms(self, entry: Entry) -> int:
+        """When something has to be done about it next."""
+        due_ms = NEVER if entry.closed else entry.expires_ms
+        if entry.shown:
+            due_ms = min(due_ms, self.policy.at_tick(min(entry.shown.values()) + self._first_ms))
+        for row in entry.rows.values():
+            if row.due_ms < due_ms:  # noqa: PLR1730  min() costs a call a row
+                due_ms = row.due_ms
+        return due_ms
+
     def _fire(self) -> None:
-        now_ms, store = self.watermark.value_ms, self._store
+        now_ms, store, tick_ms = self.now_ms, self._store, self.policy.tick_ms
+        shown_by_ms = (now_ms - 1) // tick_ms * tick_ms - self._first_ms  # such impressions are due, and no later ones
         while store.next_due_ms() < now_ms:
             due_ms, request_id = store.pop_due()
             entry = store.get(request_id)
             if entry is None or entry.armed_ms != due_ms:
                 continue  # a stale timer
             entry.armed_ms = NEVER
-            next_ms = self._fire_rows(entry, now_ms)
-            if not entry.closed:
-                if entry.expires_ms < now_ms:
-                    self._expire(entry)
-                    next_ms = entry.next_due_ms()
-                else:
-                    next_ms = min(next_ms, entry.expires_ms)
-            if entry.closed and not entry.rows:
+            if entry.shown:
+                self._pass(entry, shown_by_ms)
+            for item, row in list(entry.rows.items()) if entry.rows else ():
+                while row.due_ms < now_ms:
+                    self._fire_row(entry, item, row)
+            if entry.expires_ms < now_ms and not entry.closed:
+                self._expire(entry)
+            if entry.closed and not entry.rows and not entry.shown:
                 store.delete(request_id)
             else:
-                self._keep(request_id, entry, next_ms)
+                self._keep(request_id, entry, self._next_due_ms(entry))
 
-    def _fire_rows(self, entry: Entry, now_ms: int) -> int:
-        """All rows that are due; when the next one is."""
-        next_ms = NEVER
-        served, emit = None if entry.closed else entry.served, self._out.append
-        for item, row in list(entry.rows.items()):
-            due_ms = row.due_ms
-            if due_ms < now_ms:
-                if row.stage == _OPEN and row.click_ms == row.conversion_ms == NONE and served is not None:
-                    row.due_ms, row.stage = NEVER, _UNCLICKED  # `_fire_row` in short, for what most rows are
-                    self.open_impressions -= 1
-                    emit(Emission(served, row.index, _FIRST, 0, 0, 0, row.impression_ms))
-                    continue
-                while due_ms < now_ms:
-                    self._fire_row(entry, item, row)
-                    due_ms = row.due_ms
-            if due_ms < next_ms:  # noqa: PLR1730  min() costs a call a row
-                next_ms = due_ms
-        return next_ms
+    def _pass(self, entry: Entry, shown_by_ms: int) -> None:
+        """Emit the candidates shown so early of which nothing more was heard."""
+        served, places, due = entry.served, entry.places, entry.shown
+        if served is None:
+            raise AssertionError("a row was opened without its served request")
+        if max(due.values()) > shown_by_ms:
+            due = {item: ts for item, ts in due.items() if ts <= shown_by_ms}
+            entry.shown = {item: ts for item, ts in entry.shown.items() if ts > shown_by_ms}
+        else:
+            entry.shown = {}
+        self._out += [_emission((served, places[item], _FIRST, 0, 0, 0, ts)) for item, ts in due.items()]
+        self.open_impressions -= len(due)
+        if not entry.closed:
+            entry.passed = entry.passed | due if entry.passed else due
 
     def _fire_row(self, entry: Entry, item: str, row: Row) -> None:
         policy = self.policy
@@ -317,7 +346,7 @@ class Joiner:
             del entry.rows[item]
 
     def _first_unclicked(self, entry: Entry, item: str, row: Row) -> None:
-        self._emit(entry, row, _FIRST, 0, 0)
+        self._emit(entry, row, Kind.FIRST, 0, 0)
         row.stage = _UNCLICKED
         if row.click_ms != NONE:
             self.outcomes["late_click"] += 1
@@ -329,7 +358,7 @@ class Joiner:
     def _first_clicked(self, entry: Entry, row: Row) -> None:
         delay_ms = max(0, row.conversion_ms - row.click_ms) if row.conversion_ms != NONE else NEVER
         row.stage = Stage.CLICKED
-        row.due_ms = self._at_tick(row.click_ms + self.policy.attribution_window_ms)
+        row.due_ms = self.policy.at_tick(row.click_ms + self.policy.attribution_window_ms)
         row.observed = int(delay_ms <= self.policy.observation_window_ms)
         self.open_clicks += 1
         self.outcomes["click"] += 1
@@ -353,40 +382,19 @@ class Joiner:
                 self._count_unheard(row, "expired_")
             entry.rows.clear()
             return
-        waiting = [row for row in entry.rows.values() if row.stage == Stage.WAITING]
-        self.outcomes["never_shown"] += len(served.items) - len(entry.rows) + len(waiting)
+        waiting = [row for row in entry.rows.values() if row.stage == _WAITING]
+        heard = len(entry.rows) + len(entry.shown) + len(entry.passed)
+        self.outcomes["never_shown"] += len(served.items) - heard + len(waiting)
         for row in waiting:
             self._count_unheard(row, "")
-        entry.rows = {
-            item: row for item, row in entry.rows.items() if row.stage not in (Stage.WAITING, Stage.UNCLICKED)
-        }
+        entry.passed = {}
         if entry.rows:
-            entry.served = keep_rows(served, [row.index for row in entry.rows.values()])
-            for index, row in enumerate(entry.rows.values()):
-                row.index = index
+            entry.rows = {item: row for item, row in entry.rows.items() if row.stage not in _SETTLED}
+        if entry.rows or entry.shown:
+            entry.narrow([*entry.rows, *entry.shown])
 
     def _count_unheard(self, row: Row, prefix: str) -> None:
         suffix = "" if prefix else "_without_impression"
         for kind, ts in zip(_KINDS, (row.impression_ms, row.click_ms, row.conversion_ms), strict=True):
             if ts != NONE:
                 self.outcomes[f"{prefix}{kind}{suffix}"] += 1
-
-
-def _place(entry: Entry, item: str) -> int | None:
-    """Where a new row lies in its request: `UNKNOWN` until served, None when it can have no place."""
-    if entry.served is None:
-        return UNKNOWN
-    if entry.closed:
-        return None
-    try:
-        return entry.served.items.index(item)
-    except ValueError:
-        return None
-
-
-def _earliest(seen: int, ts: int) -> int:
-    return ts if seen == NONE else min(seen, ts)
-
-
-def _events(row: Row) -> int:
-    return sum(ts != NONE for ts in (row.impression_ms, row.click_ms, row.conversion_ms))

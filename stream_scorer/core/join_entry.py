@@ -14,8 +14,7 @@ from typing import Final, Protocol
 import numpy as np
 import orjson
 
-from esmm.batch import FeatureBlock
-from stream_scorer.core.served import ServedRequest
+from stream_scorer.core.served import ServedRequest, raw, row_types
 
 NONE: Final = -1
 NEVER: Final = 1 << 62
@@ -56,42 +55,98 @@ class JoinPolicy:
                 f"({self.observation_window_ms} ms)"
             )
 
+    @property
+    def first_ms(self) -> int:
+        """How long after its impression an unclicked row is emitted, but for the tick."""
+        return self.click_window_ms + (self.observation_window_ms if self.together else 0)
+
+    def first_due_ms(self, row: Row) -> int:
+        """When the first emission of a row that was shown is due."""
+        click_by_ms = row.impression_ms + self.click_window_ms
+        if self.together or row.click_ms == NONE or row.click_ms > click_by_ms:
+            return self.at_tick(row.impression_ms + self.first_ms)
+        return self.at_tick(max(click_by_ms, row.click_ms + self.observation_window_ms))
+
+    def at_tick(self, due_ms: int) -> int:
+        """The next multiple of the tick; labels go by the events' own times, whenever their row is emitted."""
+        return due_ms + -due_ms % self.tick_ms
+
 
 class Row:
     """One candidate of one request."""
 
     __slots__ = ("click_ms", "conversion_ms", "due_ms", "impression_ms", "index", "observed", "stage")
 
-    def __init__(self, index: int, impression_ms: int = NONE) -> None:
-        """Nothing is known of it but its ``index`` in the request (or `UNKNOWN`), and when it was shown if it was."""
+    def __init__(self, index: int, impression_ms: int = NONE, stage: int = 0, due_ms: int = NEVER) -> None:
+        """``index``: its place in the request, or `UNKNOWN`. ``stage``: see `Stage`; a row begins as WAITING."""
         self.index = index
-        self.stage = 0  # WAITING
+        self.stage = stage
         self.observed = 0  # v of the first emission
         self.impression_ms = impression_ms
         self.click_ms = NONE
         self.conversion_ms = NONE
-        self.due_ms = NEVER
+        self.due_ms = due_ms
+
+    @property
+    def events(self) -> int:
+        """Kinds of events heard."""
+        return (self.impression_ms != NONE) + (self.click_ms != NONE) + (self.conversion_ms != NONE)
+
+
+def earliest(seen_ms: int, ts_ms: int) -> int:
+    """Of what was `seen` (`NONE`: nothing) and another time."""
+    return ts_ms if seen_ms == NONE else min(seen_ms, ts_ms)
 
 
 class Entry:
-    """One request: its features once they arrived, and the rows that were heard of, by item id."""
+    """One request: its features once they arrived, and the candidates that were heard of, by item id.
 
-    __slots__ = ("armed_ms", "closed", "expires_ms", "rows", "served")
+    Most candidates are shown and nothing more is heard of them: they are an impression time in ``shown``, later in
+    ``passed``. Any other is a `Row`; a candidate is in one of the three at most.
+    """
+
+    __slots__ = ("_places", "armed_ms", "closed", "expires_ms", "passed", "rows", "served", "shown")
 
     def __init__(self, served: ServedRequest | None, expires_ms: int) -> None:
         """``served`` is None while only feedback came. ``closed``: past ``expires_ms``, with unsettled rows only."""
         self.served = served
         self.rows: dict[str, Row] = {}
+        self.shown: dict[str, int] = {}  # OPEN
+        self.passed: dict[str, int] = {}  # UNCLICKED; empty once closed
         self.expires_ms = expires_ms
         self.armed_ms = NEVER  # the timer outstanding for this entry
         self.closed = False
+        self._places: dict[str, int] | None = None
 
-    def next_due_ms(self) -> int:
-        """When something has to be done about it next."""
-        due = NEVER if self.closed else self.expires_ms
-        for row in self.rows.values():
-            due = min(due, row.due_ms)
-        return due
+    @property
+    def places(self) -> dict[str, int]:
+        """Item id -> its place in the request (the first, should it come twice); empty until it was served."""
+        places = self._places
+        if places is None:
+            if self.served is None:
+                return {}
+            items = self.served.items
+            places = dict(zip(items, range(len(items)), strict=True))
+            if len(places) < len(items):
+                places = dict(zip(reversed(items), range(len(items) - 1, -1, -1), strict=True))
+            self._places = places
+        return places
+
+    def place(self, item: str) -> int | None:
+        """Where a new row lies in the request: `UNKNOWN` until it was served, None when it can have no place."""
+        if self.served is None:
+            return UNKNOWN
+        return None if self.closed else self.places.get(item)
+
+    def narrow(self, items: list[str]) -> None:
+        """Keep the features of these candidates only; ``rows`` of theirs get their new places."""
+        if self.served is None:
+            raise AssertionError("there is nothing to keep of a request that was not served")
+        places = self.places
+        self.served = keep_rows(self.served, [places[item] for item in items])
+        self._places = None
+        for item, row in self.rows.items():
+            row.index = self.places[item]
 
 
 class JoinStore(Protocol):
@@ -124,25 +179,18 @@ class JoinStore(Protocol):
 
 def keep_rows(served: ServedRequest, indices: list[int]) -> ServedRequest:
     """The request with only these candidates, in this order, in memory of its own."""
-    at = np.array(indices, np.int64)
-    return served._replace(
-        items=[served.items[i] for i in indices],
-        user=FeatureBlock(served.user.ids_NS.copy(), served.user.dense_ND.copy()),
-        item=served.item.take(at),
-        context=served.context.take(at),
-        ctr_K=served.ctr_K[at],
-        ctcvr_K=served.ctcvr_K[at],
-    )
+    kept = served.rows_K.take(indices)
+    return served._replace(items=[served.items[i] for i in indices], user_1=served.user_1.copy(), rows_K=kept)
 
 
 _ENTRY = struct.Struct("<?qqI")  # closed, expires, armed, rows
 _ROW = struct.Struct("<iBBqqqq")
-_SERVED = struct.Struct("<IHHHHHHqqq?I")  # K, six widths, version, ts, scored_at, degraded, bytes of strings
+_SERVED = struct.Struct("<IHHHHHHqqq?I")  # K, widths, version, ts, scored_at, degraded, bytes of strings
 
 
 def pack_rows(entry: Entry) -> bytes:
     """Everything of an entry but its features."""
-    names = orjson.dumps(list(entry.rows))
+    names = orjson.dumps([list(entry.rows), entry.shown, entry.passed])
     rows = b"".join(
         _ROW.pack(r.index, r.stage, r.observed, r.impression_ms, r.click_ms, r.conversion_ms, r.due_ms)
         for r in entry.rows.values()
@@ -157,40 +205,32 @@ def unpack_rows(data: bytes, served: ServedRequest | None) -> Entry:
     entry.closed, entry.armed_ms = closed, armed_ms
     end = _ENTRY.size + count * _ROW.size
     fields = _ROW.iter_unpack(data[_ENTRY.size : end])
-    for name, packed in zip(orjson.loads(data[end:]), fields, strict=True):
-        row = Row(packed[0])
-        row.stage, row.observed, row.impression_ms, row.click_ms, row.conversion_ms, row.due_ms = packed[1:]
-        entry.rows[name] = row
+    names, entry.shown, entry.passed = orjson.loads(data[end:])
+    for name, (index, stage, observed, impression_ms, click_ms, conversion_ms, due_ms) in zip(
+        names, fields, strict=True
+    ):
+        row = entry.rows[name] = Row(index, impression_ms, stage, due_ms)
+        row.observed, row.click_ms, row.conversion_ms = observed, click_ms, conversion_ms
     return entry
 
 
 def pack_served(served: ServedRequest) -> bytes:
-    """A served request as bytes: arrays raw and little-endian, then its strings as JSON."""
+    """A served request as bytes: rows as they lie in memory, then its strings as JSON."""
     names = orjson.dumps([served.request_id, served.user_id, *served.items])
     blocks = (served.user, served.item, served.context)
-    widths = [w for b in blocks for w in (b.ids_NS.shape[1], b.dense_ND.shape[1])]
+    widths = [block.ids_NS.shape[1] for block in blocks] + [block.dense_ND.shape[1] for block in blocks]
     times = (served.model_version, served.ts_ms, served.scored_at_ms)
     head = _SERVED.pack(len(served.items), *widths, *times, served.degraded, len(names))
-    arrays = [a for b in blocks for a in (b.ids_NS.astype("<i8"), b.dense_ND.astype("<f4"))]
-    arrays += [served.ctr_K.astype("<f4"), served.ctcvr_K.astype("<f4")]
-    return b"".join([head, names, *(a.tobytes() for a in arrays)])
+    return b"".join((head, names, served.user_1.tobytes(), served.rows_K.tobytes()))
 
 
 def unpack_served(data: bytes) -> ServedRequest:
     """The request of `pack_served`; its arrays are views of ``data``."""
-    count, *widths, version, ts_ms, scored_at_ms, degraded, names_size = _SERVED.unpack_from(data)
+    head = _SERVED.unpack_from(data)
+    count, widths, (version, ts_ms, scored_at_ms, degraded, names_size) = head[0], head[1:7], head[7:]
     at = _SERVED.size + names_size
     request_id, user_id, *items = orjson.loads(data[_SERVED.size : at])
-    blocks: list[FeatureBlock] = []
-    for rows, ids_width, dense_width in zip((1, count, count), widths[::2], widths[1::2], strict=True):
-        ids = np.frombuffer(data, "<i8", rows * ids_width, at).reshape(rows, ids_width)
-        at += ids.nbytes
-        dense = np.frombuffer(data, "<f4", rows * dense_width, at).reshape(rows, dense_width)
-        at += dense.nbytes
-        blocks.append(FeatureBlock(ids, dense))
-    ctr = np.frombuffer(data, "<f4", count, at)
-    ctcvr = np.frombuffer(data, "<f4", count, at + ctr.nbytes)
-    return ServedRequest(
-        request_id=request_id, user_id=user_id, items=items, user=blocks[0], item=blocks[1], context=blocks[2],
-        ctr_K=ctr, ctcvr_K=ctcvr, model_version=version, ts_ms=ts_ms, scored_at_ms=scored_at_ms, degraded=degraded,
-    )  # fmt: skip
+    types = row_types(widths)
+    user_1 = raw(np.frombuffer(data, types.user, 1, at))
+    rows_K = raw(np.frombuffer(data, types.candidate, count, at + user_1.nbytes))
+    return ServedRequest(request_id, user_id, items, types, user_1, rows_K, version, ts_ms, scored_at_ms, degraded)

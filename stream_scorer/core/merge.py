@@ -15,19 +15,32 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
 
 from stream_scorer.core.records import Position, Record, TopicPartition
 
-_Keyed = tuple[int, Position, Record]  # record time and position are the order; positions differ
+_NOTHING: Final = -1  # no record yet
 
 
 class _Queue:
-    __slots__ = ("heard_s", "newest_ms", "records")
+    __slots__ = ("heard_s", "newest_ms", "partition", "records", "released_ms")
 
-    def __init__(self, now_s: float, newest_ms: int) -> None:
+    def __init__(self, partition: TopicPartition, now_s: float, newest_ms: int) -> None:
+        self.partition = partition
         self.records: deque[_Keyed] = deque()
         self.newest_ms = newest_ms  # record time is made monotone within a partition, which keeps offset order
+        self.released_ms = newest_ms  # of the last record that was taken
         self.heard_s = now_s
+
+
+_Keyed = tuple[int, Position, Record, _Queue]  # record time and position are the order; positions differ
+
+
+class Taken(NamedTuple):
+    """Records in order, and the partition of each."""
+
+    records: list[Record]
+    where: list[TopicPartition]
 
 
 class Merge:
@@ -40,7 +53,7 @@ class Merge:
         self._max_buffered = max_buffered
         self._queues: dict[TopicPartition, _Queue] = {}
         self._buffered = 0
-        self._newest_ms: dict[TopicPartition, int] = {}  # of the last record released
+        self._newest_ms: dict[TopicPartition, int] = {}  # of the last record taken, where there is no queue
 
     def __len__(self) -> int:
         """Records buffered."""
@@ -57,47 +70,55 @@ class Merge:
             queue = self._queues.pop(partition, None)
             if queue is not None:
                 self._buffered -= len(queue.records)
+                self._newest_ms[partition] = queue.released_ms
 
     def push(self, records: Sequence[Record], now_s: float) -> None:
         """Polled records, in offset order within each partition."""
+        queue: _Queue | None = None
         for record in records:
-            position = record.position
-            queue = self._queue(position.topic_partition, now_s)
-            queue.newest_ms = newest_ms = max(queue.newest_ms, record.timestamp_ms)
-            queue.records.append((newest_ms, position, record))
-            queue.heard_s = now_s
+            position, timestamp_ms = record.position, record.timestamp_ms
+            if queue is None or position[:2] != queue.partition:  # the client gives a partition's records in a row
+                queue = self._queue(position.topic_partition, now_s)
+                queue.heard_s = now_s
+            if timestamp_ms > queue.newest_ms:  # noqa: PLR1730  max() costs a call a record
+                queue.newest_ms = timestamp_ms
+            queue.records.append((queue.newest_ms, position, record, queue))
         self._buffered += len(records)
 
-    def take(self, limit: int, now_s: float, ended: Collection[TopicPartition]) -> list[Record]:
+    def take(self, limit: int, now_s: float, ended: Collection[TopicPartition]) -> Taken:
         """Up to ``limit`` records in order; fewer when the next one cannot be known yet. ``ended``: read to the end."""
         caught_up = all(partition in ended for partition in self._queues)
-        out: list[Record] = []
+        records: list[Record] = []
+        where: list[TopicPartition] = []
         heads: list[_Keyed] = []
         for partition, queue in self._queues.items():
             if queue.records:
                 heads.append(queue.records[0])
             elif not self._is_idle(queue, now_s, partition in ended, caught_up):
-                return out
+                return Taken(records, where)
         heapq.heapify(heads)
-        while heads and len(out) < limit:
-            newest_ms, position, record = heads[0]
-            partition = position.topic_partition
-            queue = self._queues[partition]
-            queue.records.popleft()
-            self._newest_ms[partition] = newest_ms
-            out.append(record)
-            self._buffered -= 1
-            if queue.records:
-                heapq.heapreplace(heads, queue.records[0])
-            elif self._is_idle(queue, now_s, partition in ended, caught_up):
-                heapq.heappop(heads)
-            else:
+        buffered = self._buffered
+        while heads and len(records) < limit:
+            newest_ms, _, record, queue = heads[0]
+            waiting = queue.records
+            waiting.popleft()
+            records.append(record)
+            where.append(queue.partition)
+            queue.released_ms = newest_ms
+            if waiting:
+                heapq.heapreplace(heads, waiting[0])
+                continue
+            self._buffered = buffered - len(records)
+            if not self._is_idle(queue, now_s, queue.partition in ended, caught_up):
                 break
-        return out
+            heapq.heappop(heads)
+        self._buffered = buffered - len(records)
+        return Taken(records, where)
 
     def state(self) -> dict[str, int]:
-        """Partition (``topic/number``) -> the newest record time released, for a checkpoint."""
-        return {f"{p.topic}/{p.partition}": at_ms for p, at_ms in sorted(self._newest_ms.items())}
+        """Partition (``topic/number``) -> the newest record time taken, for a checkpoint."""
+        known = self._newest_ms | {partition: queue.released_ms for partition, queue in self._queues.items()}
+        return {f"{p.topic}/{p.partition}": at_ms for p, at_ms in sorted(known.items()) if at_ms != _NOTHING}
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Take over `state`, before the first push."""
@@ -108,7 +129,7 @@ class Merge:
     def _queue(self, partition: TopicPartition, now_s: float) -> _Queue:
         queue = self._queues.get(partition)
         if queue is None:
-            queue = self._queues[partition] = _Queue(now_s, self._newest_ms.get(partition, -1))
+            queue = self._queues[partition] = _Queue(partition, now_s, self._newest_ms.get(partition, _NOTHING))
         return queue
 
     def _is_idle(self, queue: _Queue, now_s: float, ended: bool, caught_up: bool) -> bool:

@@ -6,7 +6,7 @@
 Dense features are float32 or float16. K is at most ``top_k``: the candidates with the best CTCVR, in request order.
 
 Written by hand because the header of tensors repeats (one template a row count) and the arrays of a whole batch are
-gathered at once: a message costs a few slices and one join.
+gathered at once: a message costs a few slices and one join. `stream_scorer.core.served_read` reads it.
 
 Shapes: R requests, B candidate rows, K kept rows (of one request, or of the batch while encoding).
 """
@@ -24,17 +24,13 @@ from numpy.typing import NDArray
 
 from esmm.batch import FeatureBlock, Float32, Int64, SourceLayout
 from stream_scorer.core.codec import ScoredBatch
-from stream_scorer.core.records import Record
-from stream_scorer.core.rejects import Reject
 
 Dense = Literal["float32", "float16"]
 Widths = tuple[int, int, int, int, int, int]  # ids of user, item, context, then dense of user, item, context
 FLOAT16_MAX = 65504.0
 ALIGN = 8  # tensors start at a multiple of 8 bytes, so that int64 views of a message are aligned
-_DTYPES: Mapping[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+DTYPES: Mapping[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 _DENSE_NAMES: Mapping[Dense, str] = {"float32": "F32", "float16": "F16"}
-_FLOATS = ("F32", "F16")
-_LEAST, _GREATEST = np.minimum.reduce, np.maximum.reduce
 
 
 @dataclass(frozen=True)
@@ -54,21 +50,103 @@ class ServedLayout:
         return (ids[0], ids[1], ids[2], dense[0], dense[1], dense[2])
 
 
+class RowTypes(NamedTuple):
+    """How a served request lies in memory: structured types of its user's row and of each candidate's."""
+
+    user: np.dtype[np.void]  # ids, dense
+    candidate: np.dtype[np.void]  # item_ids, context_ids, item_dense, context_dense, ctr, ctcvr
+
+
+@lru_cache(maxsize=64)
+def row_types(widths: Widths) -> RowTypes:
+    """The types for a layout's widths. Little-endian, no padding: their bytes may be stored."""
+    return RowTypes(
+        np.dtype([("ids", "<i8", (widths[0],)), ("dense", "<f4", (widths[3],))]),
+        np.dtype(
+            [
+                ("item_ids", "<i8", (widths[1],)),
+                ("context_ids", "<i8", (widths[2],)),
+                ("item_dense", "<f4", (widths[4],)),
+                ("context_dense", "<f4", (widths[5],)),
+                ("ctr", "<f4"),
+                ("ctcvr", "<f4"),
+            ]
+        ),
+    )
+
+
 class ServedRequest(NamedTuple):
-    """One scored request as the trainer sees it: K kept candidates with the features and scores they had."""
+    """One scored request as the trainer sees it: K kept candidates with the features and scores they had.
+
+    A candidate's features lie side by side, so that one copy moves them all. They are kept as `raw` bytes, and read as
+    rows of ``types``.
+    """
 
     request_id: str
     user_id: str
     items: list[str]  # K
-    user: FeatureBlock  # 1 row
-    item: FeatureBlock  # K rows
-    context: FeatureBlock  # K rows
-    ctr_K: Float32
-    ctcvr_K: Float32
+    types: RowTypes
+    user_1: NDArray[np.void]  # raw
+    rows_K: NDArray[np.void]  # raw
     model_version: int
     ts_ms: int
     scored_at_ms: int
     degraded: bool
+
+    @property
+    def user(self) -> FeatureBlock:
+        """The user's features, 1 row; a view."""
+        user_1 = self.user_1.view(self.types.user)
+        return FeatureBlock(user_1["ids"], user_1["dense"])
+
+    @property
+    def item(self) -> FeatureBlock:
+        """Item features, K rows; a view."""
+        rows_K = self.rows_K.view(self.types.candidate)
+        return FeatureBlock(rows_K["item_ids"], rows_K["item_dense"])
+
+    @property
+    def context(self) -> FeatureBlock:
+        """Context features, K rows; a view."""
+        rows_K = self.rows_K.view(self.types.candidate)
+        return FeatureBlock(rows_K["context_ids"], rows_K["context_dense"])
+
+    @property
+    def ctr_K(self) -> Float32:
+        """The CTR published for each candidate."""
+        return self.rows_K.view(self.types.candidate)["ctr"]
+
+    @property
+    def ctcvr_K(self) -> Float32:
+        """The CTCVR published for each candidate."""
+        return self.rows_K.view(self.types.candidate)["ctcvr"]
+
+
+def raw(rows: NDArray[np.void]) -> NDArray[np.void]:
+    """Structured rows as bytes, of which numpy gathers and joins many times faster; a view."""
+    return rows.view(np.dtype((np.void, rows.dtype.itemsize)))
+
+
+class Candidates(NamedTuple):
+    """Features and scores of K candidates, an array each."""
+
+    item: FeatureBlock
+    context: FeatureBlock
+    ctr_K: Float32
+    ctcvr_K: Float32
+
+
+def pack_features(user: FeatureBlock, of: Candidates) -> tuple[RowTypes, NDArray[np.void], NDArray[np.void]]:
+    """One user (1 row) and K candidates as ``types``, ``user_1`` and ``rows_K`` of a `ServedRequest`."""
+    blocks = (user, of.item, of.context)
+    widths = [block.ids_NS.shape[1] for block in blocks] + [block.dense_ND.shape[1] for block in blocks]
+    types = row_types((widths[0], widths[1], widths[2], widths[3], widths[4], widths[5]))
+    user_1, rows_K = np.empty(1, types.user), np.empty(len(of.ctr_K), types.candidate)
+    user_1["ids"], user_1["dense"] = user
+    rows_K["item_ids"], rows_K["item_dense"] = of.item
+    rows_K["context_ids"], rows_K["context_dense"] = of.context
+    rows_K["ctr"], rows_K["ctcvr"] = of.ctr_K, of.ctcvr_K
+    return types, raw(user_1), raw(rows_K)
 
 
 class _Strip(NamedTuple):
@@ -151,14 +229,14 @@ def _headers(
             orjson.dumps(request.request_id),
             request.ts,
             orjson.dumps(request.user_id),
-            _tensors(stop - start, layout.widths, _DENSE_NAMES[dense]),
+            tensor_header(stop - start, layout.widths, _DENSE_NAMES[dense]),
         )
         yield header + b" " * (-len(header) % ALIGN)
 
 
 @lru_cache(maxsize=4096)
-def _tensors(rows: int, widths: Widths, dense: str) -> bytes:
-    """The part of the header that names the tensors of a request with ``rows`` kept candidates."""
+def tensor_header(rows: int, widths: Widths, dense: str) -> bytes:
+    """The end of the header, which names the tensors of a request with ``rows`` kept candidates (I64, F32, F16)."""
     shapes = {
         "user_ids": ("I64", [1, widths[0]]),
         "item_ids": ("I64", [rows, widths[1]]),
@@ -172,134 +250,7 @@ def _tensors(rows: int, widths: Widths, dense: str) -> bytes:
     out: dict[str, Any] = {}
     at = 0
     for name, (dtype, shape) in shapes.items():
-        end = at + int(np.prod(shape)) * _DTYPES[dtype].itemsize
+        end = at + int(np.prod(shape)) * DTYPES[dtype].itemsize
         out[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     return orjson.dumps(out)[1:]
-
-
-def decode_served(record: Record, layout: ServedLayout) -> ServedRequest | Reject:
-    """Read and check one message. Refused: ``empty``, ``corrupt``, ``layout`` (other schema), ``nonfinite``."""
-    value = record.value
-    if not value:
-        return Reject(record, "empty", "the message has no value")
-    try:
-        header, start = _read_header(value)
-        meta = header["__metadata__"]
-        if meta["schema"] != layout.schema_hash:
-            detail = f"features of schema {str(meta['schema'])[:20]}, this trainer has {layout.schema_hash}"
-            return Reject(record, "layout", detail)
-        served = _read(value, start, header, layout)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        return Reject(record, "corrupt", f"not a served message: {type(error).__name__}: {error}")
-    dense = (served.user.dense_ND, served.item.dense_ND, served.context.dense_ND)
-    if not all(np.isfinite(values).all() for values in dense if values.size):
-        return Reject(record, "nonfinite", "a feature is not finite")
-    ctr_K, ctcvr_K = served.ctr_K, served.ctcvr_K  # a comparison with NaN is false, and least and greatest keep NaN
-    if not (_LEAST(ctcvr_K) >= 0 and _GREATEST(ctr_K) <= 1 and _LEAST(ctr_K - ctcvr_K) >= 0):
-        return Reject(record, "nonfinite", "a score is no probability, or ctcvr is above ctr")
-    return served
-
-
-def _read_header(value: bytes) -> tuple[dict[str, Any], int]:
-    """The header and where the tensors begin."""
-    start = 8 + int.from_bytes(value[:8], "little")
-    if start > len(value):
-        raise ValueError("the header is longer than the message")
-    header = orjson.loads(value[8:start])
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
-        raise ValueError("the header has no metadata")  # noqa: TRY004  a message's content, not a caller's mistake
-    return header, start
-
-
-def _read(value: bytes, start: int, header: dict[str, Any], layout: ServedLayout) -> ServedRequest:
-    meta, widths = header["__metadata__"], layout.widths
-    items = orjson.loads(meta["items"])
-    if not isinstance(items, list) or not items or set(map(type, items)) != {str}:
-        raise ValueError("items is not a list of ids")
-    user, item, context, ctr_K, ctcvr_K = _arrays(value, start, header, len(items), widths)
-    return ServedRequest(
-        request_id=_text(meta["request_id"]),
-        user_id=_text(meta["user_id"]),
-        items=items,
-        user=user,
-        item=item,
-        context=context,
-        ctr_K=ctr_K,
-        ctcvr_K=ctcvr_K,
-        model_version=int(meta["model_version"]),
-        ts_ms=int(meta["ts"]),
-        scored_at_ms=int(meta["scored_at"]),
-        degraded=meta["degraded"] == "1",
-    )
-
-
-class _Arrays(NamedTuple):
-    """The tensors of one message."""
-
-    user: FeatureBlock
-    item: FeatureBlock
-    context: FeatureBlock
-    ctr_K: Float32
-    ctcvr_K: Float32
-
-
-def _arrays(value: bytes, start: int, header: dict[str, Any], rows: int, widths: Widths) -> _Arrays:
-    """Views of the tensors. A header as this module writes it is known as a whole and not checked entry by entry."""
-    usual = _usual(rows, widths)
-    if len(value) == start + usual.size and header == {**usual.header, "__metadata__": header["__metadata__"]}:
-        arrays = [np.ndarray(shape, dtype, value, start + at) for dtype, shape, at in usual.tensors]
-        user_ids, item_ids, context_ids, ctr_K, ctcvr_K, user_dense, item_dense, context_dense = arrays
-        blocks = (FeatureBlock(user_ids, user_dense), FeatureBlock(item_ids, item_dense))
-        return _Arrays(*blocks, FeatureBlock(context_ids, context_dense), ctr_K, ctcvr_K)
-
-    def tensor(name: str, shape: tuple[int, ...], *dtypes: str) -> NDArray[Any]:
-        return _tensor(value, start, header[name], shape, dtypes)
-
-    def block(source: str, count: int, at: int) -> FeatureBlock:
-        ids = tensor(f"{source}_ids", (count, widths[at]), "I64")
-        dense = tensor(f"{source}_dense", (count, widths[at + 3]), *_FLOATS)
-        return FeatureBlock(ids, dense.astype(np.float32, copy=False))
-
-    blocks = (block("user", 1, 0), block("item", rows, 1))
-    ctr_K, ctcvr_K = tensor("ctr", (rows,), "F32"), tensor("ctcvr", (rows,), "F32")
-    return _Arrays(*blocks, block("context", rows, 2), ctr_K, ctcvr_K)
-
-
-class _Usual(NamedTuple):
-    """How this module writes the tensors of a request in float32."""
-
-    header: dict[str, Any]
-    tensors: list[tuple[np.dtype[Any], tuple[int, ...], int]]  # type, shape, first byte
-    size: int  # bytes of all of them
-
-
-@lru_cache(maxsize=4096)
-def _usual(rows: int, widths: Widths) -> _Usual:
-    header: dict[str, Any] = orjson.loads(b"{" + _tensors(rows, widths, "F32"))
-    entries = header.values()
-    tensors = [(_DTYPES[e["dtype"]], tuple(e["shape"]), e["data_offsets"][0]) for e in entries]
-    return _Usual(header, tensors, max(e["data_offsets"][1] for e in entries))
-
-
-def _tensor(
-    value: bytes, start: int, entry: dict[str, Any], shape: tuple[int, ...], dtypes: tuple[str, ...]
-) -> NDArray[Any]:
-    """A view of one tensor, its type, shape and bounds checked."""
-    dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
-    if dtype not in dtypes or tuple(entry["shape"]) != shape:
-        raise ValueError(f"a tensor is {dtype} {entry['shape']}, expected {dtypes[0]} {list(shape)}")
-    count = 1
-    for size in shape:
-        count *= size
-    if begin < 0 or end - begin != count * _DTYPES[dtype].itemsize or start + end > len(value):
-        raise ValueError(f"a tensor's bytes {begin}:{end} do not fit its shape or the message")
-    if count == 0:  # np.frombuffer refuses an empty read at the end of the buffer
-        return np.zeros(shape, _DTYPES[dtype])
-    return np.frombuffer(value, _DTYPES[dtype], count, start + begin).reshape(shape)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("an id is missing")
-    return value

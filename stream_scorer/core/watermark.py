@@ -8,13 +8,18 @@ be taken for unclicked, so it is waited for much longer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stream_scorer.core.records import TopicPartition
 
 BEGINNING: Final = -(1 << 62)
+NEVER: Final = 1 << 62
+MANY, FEW = 32, 64  # so many events, of so few partitions, are worth an array a partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,61 @@ class Watermark:
         if slowest is None or slowest is at or self._newest_record_ms - slowest.record_ms > self._policy.idle_ms:
             self._advance()
         return True
+
+    def observe_all(
+        self, where: Sequence[TopicPartition], event_ms: Sequence[int], record_ms: Sequence[int]
+    ) -> list[int]:
+        """`observe` N events in order; `value_ms` after each."""
+        found = self._observe_usual(where, event_ms, record_ms) if len(where) >= MANY else None
+        if found is not None:
+            return found
+        values = []
+        for partition, event, record in zip(where, event_ms, record_ms, strict=True):
+            self.observe(partition, event, record)
+            values.append(self.value_ms)
+        return values
+
+    def _observe_usual(
+        self, where: Sequence[TopicPartition], event_ms: Sequence[int], record_ms: Sequence[int]
+    ) -> list[int] | None:
+        """The same at once while no partition is, or may become, idle and every clock is believed; else None.
+
+        Then the slowest partition decides all along, and it is found by a running greatest of each partition's events.
+        """
+        policy, partitions = self._policy, self._partitions
+        named = list(dict.fromkeys(where))
+        touched = [partitions.get(partition) for partition in named]
+        event_N, record_N = np.array(event_ms, np.int64), np.array(record_ms, np.int64)
+        newest_ms = max(self._newest_record_ms, int(record_N.max()))
+        if len(named) > FEW or self._newest_record_ms == BEGINNING or (event_N - record_N).max() > policy.max_ahead_ms:
+            return None
+        if any(at.idle or newest_ms - at.record_ms > policy.idle_ms for at in partitions.values()):
+            return None
+        number = {partition: index for index, partition in enumerate(named)}
+        of_N = np.array([number[partition] for partition in where])
+        slowest_N = np.full(
+            len(where), min((p.event_ms for p in partitions.values() if p not in touched), default=NEVER)
+        )
+        greatest: list[NDArray[np.int64]] = []
+        for index, at in enumerate(touched):
+            if at is None or at.event_ms == BEGINNING:
+                return None
+            mine_N = of_N == index
+            reached_N = np.maximum.accumulate(np.where(mine_N, event_N, at.event_ms))
+            if max(at.event_ms, int(reached_N[-1])) - at.event_ms > policy.max_jump_ms:
+                return None
+            greatest.append(np.maximum(reached_N, at.event_ms))
+        for index, (at, reached_N) in enumerate(zip(touched, greatest, strict=True)):
+            if at is None:
+                raise AssertionError("a partition that nothing is known of")
+            at.event_ms, at.jumps = int(reached_N[-1]), 0
+            at.record_ms = max(at.record_ms, int(record_N[of_N == index].max()))
+            slowest_N = np.minimum(slowest_N, reached_N)
+        self._newest_record_ms, self._slowest = newest_ms, None
+        value_N = np.maximum(np.maximum.accumulate(slowest_N) - policy.lateness_ms, self.value_ms)
+        self.value_ms = int(value_N[-1])
+        values: list[int] = value_N.tolist()
+        return values
 
     def advance(self, event_ms: int) -> None:
         """Time has come to ``event_ms`` although no event says so: nothing is left to read anywhere."""

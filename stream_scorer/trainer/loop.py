@@ -26,14 +26,14 @@ from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.drift import DriftAlarm
 from stream_scorer.core.errors import CommitRefused, FatalError
 from stream_scorer.core.gate_rows import is_held_out
-from stream_scorer.core.heard import hear
+from stream_scorer.core.inbox import read
 from stream_scorer.core.join import Joiner
-from stream_scorer.core.merge import Merge
+from stream_scorer.core.join_entry import NEVER
+from stream_scorer.core.merge import Merge, Taken
 from stream_scorer.core.pending import Pending, from_arrays, to_arrays
-from stream_scorer.core.records import Record, TopicPartition
+from stream_scorer.core.records import TopicPartition
 from stream_scorer.core.rejects import Reject, reject_record
 from stream_scorer.core.scoreboard import Scoreboard
-from stream_scorer.core.served import decode_served
 from stream_scorer.core.trainer_stats import TrainerStats, TrainerTally
 from stream_scorer.core.watermark import BEGINNING, Watermark
 from stream_scorer.ports import SavedCheckpoint, StopSignal
@@ -117,17 +117,17 @@ class Trainer:
         ended = self._read()
         caught_up = bool(self._held) and self._held <= set(ended)
         now_s = self._ports.clock.monotonic_s()
-        records = self._merge.take(self._policy.max_records, now_s, ended)
+        taken = self._merge.take(self._policy.max_records, now_s, ended)
         self._warn_of_impatience()
-        for record in records:
-            self._take(record)
-        if records or len(self._merge) or not caught_up:
+        if taken.records:
+            self._take(self._unread(taken))
+        if taken.records or len(self._merge) or not caught_up:
             self._heard_s = now_s
         else:
             self._quiet(now_s)
         self._ports.sink.poll()
         self._housekeeping(now_s)
-        return len(records)
+        return len(taken.records)
 
     def drain(self, deadline: Deadline) -> bool:
         """Checkpoint and commit; False when time ran out or the offsets were refused.
@@ -170,34 +170,34 @@ class Trainer:
             _log.warning("a partition with more to read was not waited for: a replay may take records in another order")
         self._impatient = self._merge.impatient
 
-    def _take(self, record: Record) -> None:
-        """One record through the join; learn when enough rows have come of it."""
-        where = record.position.topic_partition
-        if record.position.offset < self._next.get(where, 0):
-            return  # read again after a rebalance
-        self._next[where] = record.position.offset + 1
-        self._unsaved = True
-        if where.topic == self._policy.served_topic:
-            self._take_served(record, where)
-        else:
-            self._take_feedback(record, where)
-        self._collect(record.timestamp_ms)
+    def _unread(self, taken: Taken) -> Taken:
+        """Without what was taken before: it is read again after a rebalance."""
+        known, (records, where) = self._next, taken
+        offsets = [record.position.offset for record in records]
+        first = dict(zip(reversed(where), reversed(offsets), strict=True))
+        if any(offset < known.get(partition, 0) for partition, offset in first.items()):
+            new = [at for at, (p, offset) in enumerate(zip(where, offsets, strict=True)) if offset >= known.get(p, 0)]
+            records, where = [records[at] for at in new], [where[at] for at in new]
+            offsets = [offsets[at] for at in new]
+        known |= {partition: offset + 1 for partition, offset in dict(zip(where, offsets, strict=True)).items()}
+        return Taken(records, where)
 
-    def _take_served(self, record: Record, where: TopicPartition) -> None:
-        served = decode_served(record, self._policy.layout)
-        if isinstance(served, Reject):
-            self._reject(served)
-            return
-        self._tally.served += 1
-        self._joiner.served(served, where, record.timestamp_ms)
+    def _take(self, taken: Taken) -> None:
+        """Records through the join; learn whenever enough rows have come of them."""
+        inbox = read(taken, self._policy.served_topic, self._policy.layout)
+        for reject in inbox.rejects:
+            self._reject(reject)
+        self._unsaved = self._unsaved or bool(taken.records)
+        self._tally.served += (served := inbox.served)
+        self._tally.feedback += len(inbox.events) - served
+        arrivals = self._joiner.arrivals(inbox)
+        while (record_ms := self._joiner.take_in(arrivals, self._patience_ms)) is not None:
+            self._collect(record_ms)
 
-    def _take_feedback(self, record: Record, where: TopicPartition) -> None:
-        event = hear(record)
-        if isinstance(event, Reject):
-            self._reject(event)
-            return
-        self._tally.feedback += 1
-        self._joiner.feedback(event, where, record.timestamp_ms)
+    @property
+    def _patience_ms(self) -> int:
+        """The record time at which the oldest row has waited enough."""
+        return self._pending_since_ms + self._policy.max_wait_ms if self._pending.rows else NEVER
 
     def _reject(self, reject: Reject) -> None:
         self._tally.rejected += 1
@@ -218,7 +218,7 @@ class Trainer:
             return
         if newest_ms != BEGINNING:
             self._joiner.advance(newest_ms + silent_ms)
-            self._pending.extend(self._joiner.take(), self._joiner.watermark.value_ms)
+            self._pending.extend(self._joiner.take(), self._joiner.now_ms)
         while self._pending.rows:
             self._learn(self._pending.take(min(self._pending.rows, self._policy.batch_rows)))
         self._finish_step()
@@ -231,11 +231,11 @@ class Trainer:
         if self._joiner.emitted:
             if not pending.rows:
                 self._pending_since_ms = record_ms
-            pending.extend(self._joiner.take(), self._joiner.watermark.value_ms)
+            pending.extend(self._joiner.take(), self._joiner.now_ms)
             while pending.rows >= rows:
                 self._learn(pending.take(rows))
                 self._pending_since_ms = record_ms
-        if pending.rows and record_ms - self._pending_since_ms >= self._policy.max_wait_ms:
+        if record_ms >= self._patience_ms:
             self._learn(pending.take(pending.rows))
 
     def _learn(self, examples: Examples) -> None:

@@ -44,7 +44,8 @@ from stream_scorer.core.join_entry import JoinPolicy
 from stream_scorer.core.messages import Feedback
 from stream_scorer.core.records import CommitResult, Position, Record, TopicPartition
 from stream_scorer.core.scoreboard import ScoreboardPolicy
-from stream_scorer.core.served import ServedLayout, _tensors
+from stream_scorer.core.served import ServedLayout
+from stream_scorer.core.served import tensor_header as _tensors
 from stream_scorer.trainer import Trainer, TrainerPolicy, TrainerPorts
 from stream_scorer.wiring import runtime
 from tests.bench.predictor import processor

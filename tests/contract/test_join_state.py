@@ -53,6 +53,7 @@ def test_entries_are_kept_changed_and_forgotten(make: Make) -> None:
     row = entry.rows["i1"] = Row(1)
     row.impression_ms, row.due_ms = 7, NEVER
     entry.armed_ms = 70
+    entry.shown, entry.passed = {"i0": 8}, {"i2": 9}
     state.put("a", entry)
     held = state.get("b")
     assert held is not None
@@ -64,6 +65,7 @@ def test_entries_are_kept_changed_and_forgotten(make: Make) -> None:
     again, later = state.get("a"), state.get("b")
     assert again is not None
     assert (again.rows["i1"].impression_ms, again.rows["i1"].due_ms, again.armed_ms) == (7, NEVER, 70)
+    assert (again.shown, again.passed) == ({"i0": 8}, {"i2": 9})
     assert later is not None
     assert later.served is not None
     assert later.served.ts_ms == 9

@@ -14,7 +14,8 @@ from stream_scorer.core.context import check_context, slots_by_name
 from stream_scorer.core.messages import Feedback, ScoreMessage, ScoreRequest
 from stream_scorer.core.packed import decode_records, encode_records, record_dtype
 from stream_scorer.core.rejects import Reject, reject_record
-from stream_scorer.core.served import ServedRequest, decode_served, encode_served
+from stream_scorer.core.served import ServedRequest, encode_served
+from stream_scorer.core.served_read import decode_served
 from tests.builders import CONTEXT, ITEM, LAYOUT, LIMITS, NOW_MS, fetched, record, request, scores
 
 IDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)

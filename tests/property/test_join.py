@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -17,8 +18,9 @@ from stream_scorer.adapters.join_state import MemoryJoinState
 from stream_scorer.core.emit import Emission
 from stream_scorer.core.join_entry import JoinPolicy
 from stream_scorer.core.messages import Feedback
+from stream_scorer.core.outcomes import Outcome
 from stream_scorer.core.served import ServedRequest
-from tests.join_kit import brute_force, feedback, joiner, rows_of, send, served_request
+from tests.join_kit import brute_force, feedback, inbox, joiner, rows_of, send, served_request
 
 POLICY = JoinPolicy(
     click_window_ms=20, observation_window_ms=30, attribution_window_ms=100, served_ttl_ms=60, held_ttl_ms=50
@@ -103,6 +105,7 @@ def check_accounts(join, store, served: int, events: int) -> None:
     """After the end of time nothing is held, and everything has a name."""
     assert (join.held, join.open_impressions, join.open_clicks, len(store)) == (0, 0, 0, 0)
     outcomes = join.outcomes
+    assert set(outcomes) <= set(get_args(Outcome))
     assert sum(outcomes[name] for name in SERVED) == served
     assert sum(n for name, n in outcomes.items() if name not in NOT_EVENTS) == events
 
@@ -154,7 +157,7 @@ def test_in_any_order_at_all_everything_is_accounted_for_and_nothing_is_emitted_
     out += join.take()
 
     check_accounts(join, store, len(served), len(events))
-    sent = Counter((e.served.request_id, id(e.served.user), e.served.items[e.place], e.kind) for e in out)
+    sent = Counter((e.served.request_id, id(e.served.user_1), e.served.items[e.place], e.kind) for e in out)
     if len({request for request, _ in served}) == len(served):
         assert max(sent.values(), default=1) == 1
 
@@ -172,3 +175,39 @@ def test_the_machine_can_fail(jitter: int) -> None:
     join.advance(100_000)
     equal = rows_of(join.take()) == brute_force(POLICY, [stream[0], far[0]], [stream[1], far[1], click])
     assert equal == (jitter == 0)
+
+
+@given(
+    events=events_strategy,
+    served=st.lists(st.tuples(REQUESTS, st.integers(0, 200)), max_size=4),
+    data=st.data(),
+)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_how_the_stream_was_cut_changes_nothing(events, served, data) -> None:
+    stream: list[Feedback | ServedRequest] = [feedback(kind, request, ts, item) for kind, request, item, ts in events]
+    stream += [served_request(request, ts) for request, ts in served]
+    stream = data.draw(st.permutations(stream))
+    alone, together = joiner(POLICY, MemoryJoinState(), LATENESS), joiner(POLICY, MemoryJoinState(), LATENESS)
+    out: list[Emission] = []
+    when: list[int] = []
+    for event in stream:
+        send(alone, event)
+        when += [event.ts if isinstance(event, Feedback) else event.ts_ms] * alone.emitted
+        out += alone.take()
+    sizes = data.draw(st.lists(st.integers(1, 12), min_size=len(stream), max_size=len(stream)))
+    got: list[Emission] = []
+    then: list[int] = []
+    at = 0
+    for size in sizes:
+        arrivals = together.arrivals(inbox(stream[at : at + size]))
+        at += size
+        while (record_ms := together.take_in(arrivals, 1 << 60)) is not None:
+            then += [record_ms] * together.emitted
+            got += together.take()
+    assert rows_in_order(got) == rows_in_order(out)
+    assert then == when
+    assert together.state() == alone.state()
+
+
+def rows_in_order(emissions: list[Emission]) -> list[tuple[object, ...]]:
+    return [(e.served.request_id, e.served.ts_ms, e.served.items[e.place], *e[2:]) for e in emissions]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_scorer.core.codec import decode_feedback, encode_feedback
-from stream_scorer.core.heard import Heard, hear
+from stream_scorer.core.heard import Heard, hear, hear_all
 from stream_scorer.core.messages import Feedback
 from stream_scorer.core.records import Position, Record
 from stream_scorer.core.rejects import Reject
@@ -31,8 +31,9 @@ def same(value: bytes | None) -> object:
     if isinstance(long, Reject):
         assert short == long
     else:
-        names = ("kind", "request_id", "item_id", "ts")
+        names = ("kind", "request_id", "item_id")
         assert [getattr(short, n) for n in names] == [getattr(long, n) for n in names]
+        assert short.ts_ms == long.ts
     return short
 
 
@@ -67,3 +68,35 @@ def test_any_bytes_are_read_or_refused_alike(junk, at):
 )  # fmt: skip
 def test_odd_messages(value):
     same(value)
+
+
+SOME = st.lists(
+    st.one_of(
+        st.builds(
+            lambda number, kind: orjson.dumps(GOOD | {"event_id": f"e{number}", "kind": kind}),
+            st.integers(0, 9),
+            st.sampled_from(["impression", "click", "conversion"]),
+        ),
+        st.sampled_from([orjson.dumps(GOOD), orjson.dumps(GOOD | {"schema_version": 1}), b"", b"null", b"{}"]),
+        st.tuples(st.integers(0, 120), st.sampled_from(["{", "}", '"', ",", '{"a":"', '"}', "},{", ""])).map(
+            lambda cut: orjson.dumps(GOOD)[: cut[0]] + cut[1].encode()
+        ),
+        st.sampled_from([b',"x":1}', b'{"x":"', b'"}', orjson.dumps(GOOD) + b"," + orjson.dumps(GOOD)]),
+    ),
+    max_size=6,
+)
+
+
+@given(SOME)
+@settings(deadline=None, max_examples=300)
+def test_many_together_are_read_or_refused_as_each_alone(values):
+    records = [record(value) for value in values]
+    assert hear_all(records) == [hear(one) for one in records]
+
+
+def test_a_message_cannot_end_in_its_neighbour():
+    """Joined by a comma these two are an array of two good messages, and neither is a message."""
+    good = orjson.dumps(GOOD)
+    halves = [good + b"," + good[:-1], b'"schema_version":1}']
+    assert len(orjson.loads(b"[" + b",".join(halves) + b"]")) == 2
+    assert all(isinstance(one, Reject) for one in hear_all([record(half) for half in halves]))

@@ -68,7 +68,7 @@ def run(join, script: str) -> None:
         elif letter == "S":
             send(join, served_request("r", at))
         else:
-            join.feedback(feedback({"I": "impression", "C": "click", "D": "conversion"}[letter], "r", at), FEEDBACK, at)
+            send(join, feedback({"I": "impression", "C": "click", "D": "conversion"}[letter], "r", at))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,7 +9,8 @@ from stream_scorer.core.codec import ScoredBatch
 from stream_scorer.core.messages import ScoreRequest
 from stream_scorer.core.records import FeatureRows, Fetched
 from stream_scorer.core.rejects import Reject
-from stream_scorer.core.served import Dense, ServedLayout, ServedRequest, decode_served, encode_served, kept_rows
+from stream_scorer.core.served import Dense, ServedLayout, ServedRequest, encode_served, kept_rows
+from stream_scorer.core.served_read import decode_all, decode_served
 from tests.builders import CONTEXT, LAYOUT, NOW_MS, fetched, record, request, scores
 
 REQUESTS = [
@@ -189,3 +190,47 @@ def test_scores_that_are_no_probabilities_are_refused(ctr: float, ctcvr: float) 
     got = decode(encode(scored(REQUESTS[:1], given))[0])
     assert isinstance(got, Reject)
     assert got.reason == "nonfinite"
+
+
+def same(ours: ServedRequest | Reject, theirs: ServedRequest | Reject) -> None:
+    if isinstance(ours, Reject) or isinstance(theirs, Reject):
+        assert ours == theirs
+        return
+    assert ours.user_1.tobytes() == theirs.user_1.tobytes()
+    assert ours.rows_K.tobytes() == theirs.rows_K.tobytes()
+    assert ours._replace(user_1=None, rows_K=None) == theirs._replace(user_1=None, rows_K=None)  # type: ignore[arg-type]
+
+
+BROKEN = [
+    GOOD[:-1],
+    b"",
+    tampered(GOOD, b'"request_id":"r1"', b'"request_id":""'),
+    tampered(GOOD, b'"ts":"', b'"ts":"x'),
+    tampered(GOOD, b'"[\\"a\\",\\"b\\",\\"c\\"]"', b'"[\\"a\\",\\"b\\"]"'),
+    tampered(GOOD, b"0123456789abcdef", b"fedcba9876543210"),
+    GOOD[:-4] + np.float32(np.nan).tobytes(),
+]
+
+
+@pytest.mark.parametrize("broken", [None, *range(len(BROKEN))])
+@pytest.mark.parametrize("dense", ["float32", "float16", "both"])
+def test_many_messages_are_read_as_each_alone(broken: int | None, dense: str) -> None:
+    batch = scored(REQUESTS)
+    kinds: list[Dense] = ["float32", "float16"] if dense == "both" else [dense]  # type: ignore[list-item]
+    values = [value for kind in kinds for value in encode(batch, dense=kind)]
+    if broken is not None:
+        values.insert(1, BROKEN[broken])
+    records = [record(value) for value in values]
+    got = decode_all(records, LAYOUT)
+    for ours, one in zip(got, records, strict=True):
+        same(ours, decode_served(one, LAYOUT))
+    assert sum(isinstance(one, Reject) for one in got) == (broken is not None)
+
+
+def test_what_this_project_writes_is_read_together() -> None:
+    """Rows of one poll lie in one array: the short way was taken."""
+    first, second = decode_all([record(value) for value in encode(scored(REQUESTS))], LAYOUT)
+    assert isinstance(first, ServedRequest)
+    assert isinstance(second, ServedRequest)
+    assert first.rows_K.base is not None
+    assert np.shares_memory(first.rows_K.base, second.rows_K)

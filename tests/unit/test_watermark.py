@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from stream_scorer.core.records import TopicPartition
-from stream_scorer.core.watermark import BEGINNING, Watermark, WatermarkPolicy
+from stream_scorer.core.watermark import BEGINNING, MANY, Watermark, WatermarkPolicy
 
 A, B, C = (TopicPartition("t", n) for n in range(3))
 
@@ -100,3 +103,36 @@ def test_a_clock_that_is_ahead_of_the_broker_is_not_believed() -> None:
     assert not mark.observe(B, hours_ahead, 1_002)  # nor can a partition's first event
     assert mark.observe(A, 1_500, 1_003)
     assert mark.newest_ms == 1_500
+
+
+def steps(event: int, record: int):
+    """Events of partitions a, b and c, mostly near one another, seldom far."""
+    far = st.integers(-event, event)
+    near = st.integers(-3, 3)
+    one = st.tuples(st.integers(0, 2), near, st.integers(0, record))
+    return st.lists(st.tuples(one, st.one_of(*[near] * 12, far)), min_size=MANY, max_size=3 * MANY)
+
+
+@given(steps(200, 3), st.integers(1, 60), st.integers(10, 400), st.integers(3, 100), st.booleans())
+@settings(deadline=None, max_examples=300)
+def test_many_events_move_it_as_one_after_another(moves, warm, idle_ms, max_jump_ms, all_assigned):
+    policy = WatermarkPolicy(lateness_ms=5, idle_ms=idle_ms, max_jump_ms=max_jump_ms, confirm=3, max_ahead_ms=50)
+    one, many = Watermark(policy, "t"), Watermark(policy, "t")
+    for mark in (one, many):
+        mark.assign([A, B, C] if all_assigned else [A])
+    where, event_ms, record_ms, now = [], [], [], 1_000
+    for (partition, jitter, passed), away in moves:
+        now += passed
+        where.append((A, B, C)[partition])
+        event_ms.append(now + jitter + away)
+        record_ms.append(now)
+    values = []
+    for at in zip(where, event_ms, record_ms, strict=True):
+        one.observe(*at)
+        values.append(one.value_ms)
+    got = []
+    for low in range(0, len(where), warm):
+        part = slice(low, low + warm)
+        got += many.observe_all(where[part], event_ms[part], record_ms[part])
+    assert got == values
+    assert many.state() == one.state()
