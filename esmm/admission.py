@@ -70,6 +70,7 @@ class Admission:
         self.rule = rule
         self._schema, self._inputs, self._tables = model.schema, Inputs(model.schema.columns), tables
         self._facts = torch.zeros(3, dtype=torch.int64)  # event time, slices scanned, rows evicted
+        self._admitted = torch.zeros(1, dtype=torch.int64)  # apart: older checkpoints lack it
         self._rows: dict[int, _Rows] = {}
         if not rule.on:
             return
@@ -88,6 +89,11 @@ class Admission:
     def evicted(self) -> int:
         """Rows evicted that held more than the default vector."""
         return int(self._facts[2])
+
+    @property
+    def admitted_rows(self) -> int:
+        """Rows that were seen often enough; one that is evicted and comes back counts again."""
+        return int(self._admitted[0])
 
     def see(self, examples: Examples) -> None:
         """Count who is looked up by first emissions, note when anybody was, and evict the stale rows of one slice."""
@@ -120,17 +126,22 @@ class Admission:
         if not self.rule.on:
             return {}
         parts = {f"{width}.{name}": getattr(r, f"{name}_R") for width, r in self._rows.items() for name in _COLUMNS}
-        return {"facts": self._facts, **parts}
+        return {"facts": self._facts, "admitted": self._admitted, **parts}
 
     def facts(self) -> dict[str, Any]:
         """JSON data for a version's manifest, nothing when the rule is off."""
         rule = self.rule
-        facts = {"admit_after": rule.admit_after, "evict_after_ms": rule.evict_after_ms, "evicted": self.evicted}
+        facts = {"admit_after": rule.admit_after, "evict_after_ms": rule.evict_after_ms, **self.counts()}
         return {"embedding_rows": facts} if rule.on else {}
+
+    def counts(self) -> dict[str, int]:
+        """Rows ``admitted`` and rows ``evicted``, ever; nothing when the rule is off."""
+        return {"admitted": self.admitted_rows, "evicted": self.evicted} if self.rule.on else {}
 
     def forget(self) -> None:
         """Know of no row: a checkpoint from before the rule was switched on is restored."""
         self._facts.zero_()
+        self._admitted.zero_()
         for rows in self._rows.values():
             rows.count_R.zero_()
             rows.seen_R.fill_(_NEVER)
@@ -156,9 +167,12 @@ class Admission:
         return {width: (torch.cat([r for r, _ in p]), torch.cat([f for _, f in p])) for width, p in found.items()}
 
     def _note(self, rows: _Rows, row_N: Tensor, of_first_N: Tensor) -> None:
+        before_N = rows.count_R.index_select(0, row_N)
         rows.seen_R.index_fill_(0, row_N, self.clock_ms)
         rows.count_R.index_add_(0, row_N, of_first_N.to(torch.int32))
         enough_N = rows.count_R.index_select(0, row_N).clamp_(max=self.rule.admit_after)
+        admitted_N = row_N[(before_N < enough_N) & (enough_N == self.rule.admit_after)]
+        self._admitted += len(admitted_N.unique())  # type: ignore[no-untyped-call]
         rows.count_R.index_copy_(0, row_N, enough_N)  # equal where a row repeats; no count can overflow
 
     def _scan(self, rows: _Rows) -> None:

@@ -280,11 +280,15 @@ class Learner:
 
         yield undo
 
+    def embedding_rows(self) -> dict[str, int]:
+        """Embedding rows ``admitted`` and ``evicted`` so far, see `esmm.admission`; empty when its rule is off."""
+        return self._admission.counts()
+
     def export(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         """Write ``model.safetensors`` and ``manifest.json`` (schema, hyper-parameters, sha256 and the given fields).
 
         The manifest also says the method, ``"ctcvr_correction"``: "odds" when a scorer must apply `served_ctcvr`, and
-        which embedding rows are trained when not all are, with the number evicted so far.
+        which embedding rows are trained when not all are, with the numbers admitted and evicted so far.
         """
         correction = "odds" if self.method.odds_correction else "none"
         own = {"method": self.method.name, "ctcvr_correction": correction}

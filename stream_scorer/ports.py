@@ -179,6 +179,10 @@ class Learner(Protocol):
         """Give pCTR and pCTCVR of every row with the weights as they are."""
         ...
 
+    def embedding_rows(self) -> Mapping[str, int]:
+        """Embedding rows ``admitted`` to training and ``evicted`` from it, ever; empty when all are trained."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Write weights, optimiser and auxiliary state for an exact restart into an existing directory."""
         ...

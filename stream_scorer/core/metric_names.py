@@ -51,6 +51,9 @@ TRAINER_REJECTED = Metric("trainer_rejected_total", "counter", "served or feedba
 JOIN_OUTCOME = Metric("join_outcome_total", "counter", "what became of an event in the join", ("outcome",))
 JOIN_OPEN = Metric("join_open", "gauge", "entries held by the join state", ("state",))
 EXAMPLES = Metric("examples_total", "counter", "training rows by kind", ("kind",))
+EMBEDDING_ROWS = Metric(
+    "embedding_rows_total", "counter", "embedding rows admitted to training, and evicted from it", ("change",)
+)
 STEP_SECONDS = Metric("train_step_seconds", "histogram", "one optimiser step", (), SECONDS)
 LEARNING = Metric("learning_metric", "gauge", "progressive metric over the recent window", ("task", "measure"))
 VERSIONS_PUBLISHED = Metric("versions_published_total", "counter", "versions published")

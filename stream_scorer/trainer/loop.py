@@ -376,7 +376,7 @@ class Trainer:
         self._ports.join_state.restore(saved.path / "join")
         self._next = {TopicPartition(topic, number): offset for topic, number, offset in state["offsets"]}
         self._joiner.restore(state["joiner"])
-        self._teller.start(self._joiner.outcomes)
+        self._teller.start(self._joiner.outcomes, self._ports.learner.embedding_rows())
         self._merge.restore(state["merge"])
         self._board.load(state["board"])
         self._drift.restore(state["drift"])
@@ -446,6 +446,7 @@ class Trainer:
             holds=dict(published.holds),
             gate=dict(published.numbers),
             alarm=self._drift.reason,
+            embedding_rows=self._ports.learner.embedding_rows(),
             open_requests=len(self._ports.join_state),
             open_impressions=joiner.open_impressions,
             open_clicks=joiner.open_clicks,

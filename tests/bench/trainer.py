@@ -195,6 +195,9 @@ class NoLearner:
         half_B = np.full(examples.rows, 0.5, np.float32)
         return half_B, half_B
 
+    def embedding_rows(self) -> Mapping[str, int]:
+        return {}
+
     def save(self, directory: Path) -> None: ...
 
     def restore(self, directory: Path) -> None: ...

@@ -217,6 +217,7 @@ def test_the_rule_may_be_switched_on_and_off_between_runs(tmp_path: Path):
 def test_a_version_says_which_rows_are_trained_and_how_many_were_evicted(tmp_path: Path):
     written: list[dict[str, object]] = []
     evicted: list[int] = []
+    admitted: list[int] = []
     for rule in (RULE, AdmissionRule()):
         config = LearnerConfig(admission=rule)
         one = Learner(ESMM(SCHEMA, (8, 4)), config, lambda *args: written.append(dict(args[2])))
@@ -224,8 +225,11 @@ def test_a_version_says_which_rows_are_trained_and_how_many_were_evicted(tmp_pat
             one.step(stream(seed))
         one.export(tmp_path, {"version": 3})
         evicted.append(one._admission.evicted)
+        admitted.append(one._admission.admitted_rows)
     assert evicted[0] > evicted[1] == 0
-    assert written[0]["embedding_rows"] == {"admit_after": 2, "evict_after_ms": 10 * DAY, "evicted": evicted[0]}
+    assert written[0]["embedding_rows"] == {
+        "admit_after": 2, "evict_after_ms": 10 * DAY, "admitted": admitted[0], "evicted": evicted[0],
+    }  # fmt: skip
     assert "embedding_rows" not in written[1]
     assert written[1]["version"] == 3
 

@@ -67,8 +67,8 @@ def test_as_many_waiting_records_as_may_wait_end_the_waiting() -> None:
     for merge in (full, below):
         merge.assign([TopicPartition("a", 0), TopicPartition("b", 0)], 0.0)
         merge.push([record(b"", at, 0, topic="a", timestamp_ms=at) for at in range(3)], 0.0)
-    assert full.take(1, 0.0, ended=[]) != []
-    assert below.take(1, 0.0, ended=[]) == []
+    assert full.take(1, 0.0, ended=[]).records
+    assert not below.take(1, 0.0, ended=[]).records
 
 
 def test_what_was_held_out_is_forgotten_with_the_world_it_is_of(tmp_path: Path) -> None:
