@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 
 import numpy as np
@@ -81,7 +81,16 @@ def inbox(events: Sequence[ServedRequest | Feedback]) -> Inbox:
 
 def rows_of(emissions: list[Emission]) -> Counter[tuple[object, ...]]:
     """What was emitted, order aside."""
-    return Counter((e.served.request_id, e.served.items[e.place], Kind(e.kind).name, *e[3:]) for e in emissions)
+    return Counter((row[0], row[1], *row[3:]) for row in rows_in_order(emissions))
+
+
+def rows_in_order(emissions: Iterable[Emission]) -> list[tuple[object, ...]]:
+    """Request, item, time of the request, kind, click, conversion, observed and impression of each row."""
+    return [
+        (e.served.request_id, e.served.items[place], e.served.ts_ms, Kind(e.kind).name, *e[3:6], impression_ms)
+        for e in emissions
+        for place, impression_ms in zip(e.places, e.impression_ms, strict=True)
+    ]
 
 
 def brute_force(policy: JoinPolicy, served: list[ServedRequest], events: list[Feedback]) -> Counter[tuple[object, ...]]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, Final
 
 from esmm.batch import Kind
@@ -38,8 +37,6 @@ Arrival = tuple[Event, int, int]  # and the watermark after it, and its record's
 _COUNTS: Final = ("held", "open_impressions", "open_clicks")
 _WAITING, _OPEN, _UNCLICKED = int(Stage.WAITING), int(Stage.OPEN), int(Stage.UNCLICKED)  # plain numbers compare faster
 _SETTLED: Final = frozenset((_WAITING, _UNCLICKED))  # nothing is left to wait for when the request is forgotten
-_FIRST: Final = Kind.FIRST
-_emission = partial(tuple.__new__, Emission)  # a third of what the constructor costs
 _KINDS: Final = ("impression", "click", "conversion")
 
 
@@ -75,7 +72,7 @@ class Joiner:
     @property
     def emitted(self) -> int:
         """Rows that `take` would give."""
-        return len(self._out)
+        return sum(emission.rows for emission in self._out)
 
     def take(self) -> list[Emission]:
         """Everything emitted since the last call, in order."""
@@ -274,7 +271,8 @@ class Joiner:
     def _emit(self, entry: Entry, row: Row, kind: Kind, click: int, conversion: int) -> None:
         if entry.served is None:
             raise AssertionError("a row was opened without its served request")
-        self._out.append(Emission(entry.served, row.index, kind, click, conversion, row.observed, row.impression_ms))
+        one = Emission(entry.served, [row.index], kind, click, conversion, row.observed, [row.impression_ms])
+        self._out.append(one)
 
     def _keep(self, request_id: str, entry: Entry, due_ms: int) -> None:
         if due_ms < entry.armed_ms:
@@ -323,7 +321,7 @@ class Joiner:
             entry.shown = {item: ts for item, ts in entry.shown.items() if ts > shown_by_ms}
         else:
             entry.shown = {}
-        self._out += [_emission((served, places[item], _FIRST, 0, 0, 0, ts)) for item, ts in due.items()]
+        self._out.append(Emission(served, [places[item] for item in due], Kind.FIRST, 0, 0, 0, list(due.values())))
         self.open_impressions -= len(due)
         if not entry.closed:
             entry.passed = entry.passed | due if entry.passed else due

@@ -23,20 +23,23 @@ class Pending:
     def __init__(self) -> None:
         """Empty."""
         self._carry: Examples | None = None
-        self._emissions: list[Emission] = []
+        self._emissions: deque[Emission] = deque()
+        self._emitted = 0  # rows of them
         self._marks: deque[list[int]] = deque()  # rows, and the watermark after they were emitted
         self.settled_ms = BEGINNING  # every row due before this event time has been taken
 
     @property
     def rows(self) -> int:
         """Rows waiting."""
-        return len(self._emissions) + (self._carry.rows if self._carry is not None else 0)
+        return self._emitted + (self._carry.rows if self._carry is not None else 0)
 
     def extend(self, emissions: Sequence[Emission], watermark_ms: int) -> None:
         """Rows that follow those before, with the event time at which they were emitted."""
         if emissions:
+            rows = sum(emission.rows for emission in emissions)
             self._emissions.extend(emissions)
-            self._marks.append([len(emissions), watermark_ms])
+            self._emitted += rows
+            self._marks.append([rows, watermark_ms])
         elif self._marks:
             self._marks[-1][1] = watermark_ms
         else:
@@ -51,9 +54,21 @@ class Pending:
             self._carry = carry.take(np.arange(rows, carry.rows)) if carry.rows > rows else None
             rows -= parts[0].rows
         if rows:
-            parts.append(assemble(self._emissions[:rows]))
-            del self._emissions[:rows]
+            parts.append(assemble(self._oldest(rows)))
         return parts[0] if len(parts) == 1 else concat_examples(parts)
+
+    def _oldest(self, rows: int) -> list[Emission]:
+        """So many rows' emissions, the last one cut where it has more."""
+        self._emitted -= rows
+        out: list[Emission] = []
+        while rows:
+            emission = self._emissions.popleft()
+            if emission.rows > rows:
+                emission, rest = emission.split(rows)
+                self._emissions.appendleft(rest)
+            out.append(emission)
+            rows -= emission.rows
+        return out
 
     def _settle(self, rows: int) -> None:
         while self._marks and rows >= self._marks[0][0]:
@@ -71,7 +86,7 @@ class Pending:
 
     def restore(self, examples: Examples | None, watermark_ms: int) -> None:
         """Start from these rows, all emitted by this event time."""
-        self._carry, self._emissions, self.settled_ms = examples, [], BEGINNING
+        self._carry, self._emissions, self._emitted, self.settled_ms = examples, deque(), 0, BEGINNING
         self._marks = deque([[examples.rows, watermark_ms]] if examples is not None else [])
 
 

@@ -15,7 +15,7 @@ from stream_scorer.core.emit import assemble
 from stream_scorer.core.join import Joiner
 from stream_scorer.core.join_entry import NEVER, Entry, JoinPolicy, Row
 from stream_scorer.ports import JoinState
-from tests.join_kit import feedback, joiner, send, served_request
+from tests.join_kit import feedback, joiner, rows_in_order, send, served_request
 
 Make = Callable[[], JoinState]
 POLICY = JoinPolicy(
@@ -114,7 +114,7 @@ def stream(seed: int, requests: int = 60) -> list:
 
 
 def emitted(join: Joiner) -> list[tuple[object, ...]]:
-    return [(e.served.request_id, e.served.items[e.place], *e[2:]) for e in join.take()]
+    return rows_in_order(join.take())
 
 
 def test_the_join_emits_the_same_rows_in_the_same_order_as_in_memory(make: Make) -> None:

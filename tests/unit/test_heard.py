@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stream_scorer.core import heard
 from stream_scorer.core.codec import decode_feedback, encode_feedback
-from stream_scorer.core.heard import Heard, hear, hear_all
+from stream_scorer.core.heard import KINDS, Heard, hear, hear_all
 from stream_scorer.core.messages import Feedback
 from stream_scorer.core.records import Position, Record
 from stream_scorer.core.rejects import Reject
@@ -92,6 +95,42 @@ SOME = st.lists(
 def test_many_together_are_read_or_refused_as_each_alone(values):
     records = [record(value) for value in values]
     assert hear_all(records) == [hear(one) for one in records]
+
+
+ID = st.one_of(
+    st.sampled_from(["r1", "item 7", "a,b:{}", "é", 'q"', "\\\\", "\n", ""]), st.text("abz09", min_size=1, max_size=30)
+)
+
+
+@given(
+    st.lists(
+        st.tuples(ID, ID, ID, st.sampled_from([*KINDS, "view"]), st.one_of(st.integers(10**12, 10**13 - 1), st.just(0))),
+        min_size=1, max_size=8,
+    ),
+    st.permutations(["event_id", "kind", "request_id", "user_id", "item_id", "ts", "schema_version"]),
+    st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", " : ")]),
+    st.integers(0, 7),
+)  # fmt: skip
+@settings(deadline=None, max_examples=300)
+def test_messages_written_alike_are_read_as_each_alone(rows, order, separators, one_apart):
+    values = []
+    for at, (event_id, request_id, item_id, kind, ts) in enumerate(rows):
+        message = {"event_id": event_id, "kind": kind, "request_id": request_id, "user_id": "u", "item_id": item_id}
+        message |= {"ts": ts, "schema_version": 1}
+        names = order if at != one_apart else order[::-1]
+        values.append(json.dumps({name: message[name] for name in names}, separators=separators).encode())
+    records = [record(value) for value in values]
+    assert hear_all(records) == [hear(one) for one in records]
+
+
+@pytest.mark.parametrize("write", [orjson.dumps, lambda message: json.dumps(message).encode()])
+def test_messages_written_alike_take_the_shortest_way(write, monkeypatch):
+    monkeypatch.setattr(heard, "_plain", None)
+    values = [
+        write(GOOD | {"item_id": f"i{'x' * n}", "kind": sorted(KINDS)[n % 3], "ts": 10**12 + n}) for n in range(9)
+    ]
+    got = hear_all([record(value) for value in values])
+    assert [one.ts_ms for one in got] == [10**12 + n for n in range(9)]
 
 
 def test_a_message_cannot_end_in_its_neighbour():
