@@ -83,14 +83,15 @@ class DirectoryCheckpoints:
     def restore(self, read: Callable[[SavedCheckpoint], None]) -> int | None:
         """See `stream_scorer.ports.Checkpoints`.
 
-        A checkpoint that is torn, of another format, or that ``read`` raises ValueError for is refused: that is logged
-        and the one before is tried. `ConfigurationError` when all are refused: starting from nothing must be a choice.
+        A checkpoint that is torn, of another format, or that ``read`` cannot make sense of (ValueError, LookupError,
+        TypeError) is refused: that is logged and the one before is tried. `ConfigurationError` when all are refused:
+        starting from nothing must be a choice.
         """
         refused = ""
         for number in reversed(self._numbers()):
             try:
                 read(_load(self._path(number)))
-            except (ValueError, KeyError, TypeError, OSError) as error:
+            except (ValueError, LookupError, TypeError, OSError) as error:
                 refused = f"checkpoint {self._path(number)} is refused: {type(error).__name__}: {error}"
                 _log.error(refused)
                 self._refused.add(number)

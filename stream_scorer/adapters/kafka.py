@@ -352,7 +352,7 @@ class KafkaSource:
         self._told.on_assign([TopicPartition(part.topic, part.partition) for part in partitions])
 
     def _committed(self, partitions: list[ClientPartition]) -> dict[TopicPartition, int]:
-        """Where reading goes on, so that a gap at the very start is seen too; empty when it cannot be had at once."""
+        """Where reading goes on, so that a gap at the very start is seen too; empty when a few tries do not tell."""
         for left in reversed(range(COMMITTED_TRIES)):
             try:
                 known = self._consumer.committed(partitions, timeout=PROBE_S)

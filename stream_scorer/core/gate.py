@@ -129,7 +129,7 @@ def decide(
     best: Contest | None = None,
     held_out: Contest | None = None,
 ) -> Decision:
-    """Promote or hold. ``live`` is None when nothing is live yet; then only the candidate's own bounds count.
+    """Promote or hold. ``live`` is None when nothing is live yet, or it cannot be read: the other rivals still count.
 
     ``candidate`` is judged by progressive predictions on the rows of ``live``, as in ``best``; ``now`` by those of the
     moment, as in ``held_out``. A rival that is not finite is no rival.

@@ -174,6 +174,13 @@ def test_refused_checkpoints_do_not_push_good_ones_out(tmp_path: Path) -> None:
     assert DirectoryCheckpoints(tmp_path).restore(lambda _: None) == 1
 
 
+def test_a_checkpoint_whose_arrays_are_too_short_is_refused(tmp_path: Path) -> None:
+    store = DirectoryCheckpoints(tmp_path)
+    for rows in (1, 0):
+        store.save(lambda _: None, {}, {"x": np.zeros(rows, np.float32)})
+    assert store.restore(lambda saved: saved.arrays["x"][0]) == 1
+
+
 def test_a_pointer_that_a_killed_writer_left_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / ".current-abc").write_text("000000000001\n")
     DirectoryCheckpoints(tmp_path)
