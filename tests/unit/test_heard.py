@@ -104,7 +104,7 @@ ID = st.one_of(
 
 @given(
     st.lists(
-        st.tuples(ID, ID, ID, st.sampled_from([*KINDS, "view"]), st.one_of(st.integers(10**12, 10**13 - 1), st.just(0))),
+        st.tuples(ID, ID, ID, st.sampled_from([*KINDS, "view"]), TS),
         min_size=1, max_size=8,
     ),
     st.permutations(["event_id", "kind", "request_id", "user_id", "item_id", "ts", "schema_version"]),
