@@ -37,6 +37,7 @@ from stream_scorer.settings import Settings
 from stream_scorer.trainer import TrainerPolicy
 
 JOIN_SCRATCH = "join-scratch"
+TICKS = 20  # in a click window: what falls due waits for up to a twentieth of it
 
 _log = structlog.get_logger("stream_scorer")
 
@@ -210,7 +211,7 @@ def join_state(settings: Settings) -> JoinState:
 
 def _tick_ms(click_window_s: float) -> int:
     """A page's rows are emitted together: it is seen within seconds, and its labels are waited for ten minutes."""
-    return max(1, _ms(click_window_s) // 64)
+    return max(1, _ms(click_window_s) // TICKS)
 
 
 def _ms(seconds: float) -> int:

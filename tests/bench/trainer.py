@@ -48,6 +48,7 @@ from stream_scorer.core.served import ServedLayout
 from stream_scorer.core.served import tensor_header as _tensors
 from stream_scorer.trainer import Trainer, TrainerPolicy, TrainerPorts
 from stream_scorer.wiring import runtime
+from stream_scorer.wiring.build import TICKS
 from tests.bench.predictor import processor
 from tests.fakes import FakeSink
 
@@ -63,7 +64,7 @@ JOIN = JoinPolicy(
     attribution_window_ms=7_000,
     served_ttl_ms=3_000,
     held_ttl_ms=3_000,
-    tick_ms=1_500 // 64,
+    tick_ms=1_500 // TICKS,
 )
 
 

@@ -97,6 +97,7 @@ def test_many_together_are_read_or_refused_as_each_alone(values):
     assert hear_all(records) == [hear(one) for one in records]
 
 
+TS = st.one_of(st.integers(10**12, 10**13 - 1), st.just(0))
 ID = st.one_of(
     st.sampled_from(["r1", "item 7", "a,b:{}", "é", 'q"', "\\\\", "\n", ""]), st.text("abz09", min_size=1, max_size=30)
 )
