@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from esmm.batch import Examples, Kind
+from esmm.batch import Examples, Float32, Int64, Kind
+from stream_scorer.core.columns import Columns, Float64
 
-Float64 = NDArray[np.float64]
 SCALES: Final = (256, 1_024, 4_096)  # rows
 ENTRY_ROWS: Final = 64  # smaller steps are put together
 CUT_SIGMAS: Final = 5.0
@@ -93,8 +92,9 @@ class DriftAlarm:
         if not self._policy.enabled:
             return Verdict(True, "", "")
         first_B = examples.kind_B == Kind.FIRST
-        self._columns.add(examples.take(np.flatnonzero(first_B & (examples.click_B == 0))))
-        self._labels.add(examples.take(np.flatnonzero(first_B)))
+        self._columns.add(examples, np.flatnonzero(first_B & (examples.click_B == 0)))
+        columns = (examples.impression_ms_B, examples.click_B, examples.conversion_B)
+        self._labels.add(*(column_B[first_B] for column_B in columns))
         strict = HEAL if self._reason else 1.0
         reason, detail = self._columns.judge(strict)
         if not reason:
@@ -165,41 +165,35 @@ class _Columns:
         self._window: deque[tuple[float, Float64, Float64]] = deque()  # rows, sum of values, sum of values cut
         self._step: _Step | None = None
 
-    def add(self, examples: Examples) -> None:
-        """Unclicked first emissions."""
+    def add(self, examples: Examples, rows_K: Int64) -> None:
+        """Unclicked first emissions: those at ``rows_K``."""
         self._step = None
-        if not examples.rows:
+        if not len(rows_K):
             return
-        x_BC = self._look(examples)
-        if x_BC.shape[1] != len(self._mean_C):
-            self.forget()
-            width = x_BC.shape[1]
-            self._mean_C, self._variance_C, self._last_C = x_BC.mean(axis=0), x_BC.var(axis=0), x_BC[0]
-            self._run_C, self._longest_C = np.zeros(width), np.zeros(width)
-            self._effect_LC = np.zeros((len(SCALES), width))
-        cut_BC = x_BC
-        if self._rows >= self._policy.warmup_rows:
-            reach_C = CUT_SIGMAS * np.sqrt(self._variance_C)
-            reach_C[self._dense :] = 1.0
-            cut_BC = np.clip(x_BC, self._mean_C - reach_C, self._mean_C + reach_C)
-        self._step = _Step(len(x_BC), cut_BC.mean(axis=0), cut_BC.var(axis=0), self._runs(x_BC))
-        self._push(float(len(x_BC)), x_BC.sum(axis=0), cut_BC.sum(axis=0))
-
-    def _look(self, examples: Examples) -> Float64:
         blocks = (examples.user, examples.item, examples.context)
         users, items, others = (block.dense_ND.shape[1] for block in blocks)
         self._dense, self._picked = users + items + others, slice(users, users + items)
-        parts = [block.dense_ND for block in blocks] + [block.ids_NS != 0 for block in blocks]
-        return np.concatenate([part.astype(np.float64) for part in parts], axis=1)
+        columns = Columns([block.dense_ND for block in blocks], [block.ids_NS != 0 for block in blocks], rows_K)
+        if columns.width != len(self._mean_C):
+            self._begin(columns)
+        reach_C = CUT_SIGMAS * np.sqrt(self._variance_C) if self._rows >= self._policy.warmup_rows else None
+        found, rows = columns.moments(self._mean_C, reach_C), len(rows_K)
+        self._step = _Step(rows, found.mean_C, found.variance_C, self._runs(columns, rows))
+        self._push(float(rows), found.sum_C, found.cut_C)
 
-    def _runs(self, x_BC: Float64) -> Float64:
+    def _begin(self, columns: Columns) -> None:
+        self.forget()
+        self._last_C = columns.first_C
+        found = columns.moments(self._last_C, None)
+        self._mean_C, self._variance_C = found.mean_C, found.variance_C
+        self._run_C, self._longest_C = np.zeros(columns.width), np.zeros(columns.width)
+        self._effect_LC = np.zeros((len(SCALES), columns.width))
+
+    def _runs(self, columns: Columns, rows: int) -> Float64:
         """Count rows of one value on; how long the runs were that ended (0: none)."""
-        rows = len(x_BC)
-        on_BC, end_BC = x_BC == self._last_C, x_BC[::-1] == x_BC[-1]
-        on_C, end_C = on_BC.all(axis=0), end_BC.all(axis=0)
-        ended_C = np.where(on_C, 0.0, self._run_C + on_BC.argmin(axis=0))
-        self._run_C = np.where(on_C, self._run_C + rows, np.where(end_C, rows, end_BC.argmin(axis=0)))
-        self._last_C = x_BC[-1]
+        lead_C, tail_C, self._last_C = columns.runs(self._last_C)
+        ended_C = np.where(lead_C == rows, 0.0, self._run_C + lead_C)
+        self._run_C = np.where(lead_C == rows, self._run_C + rows, tail_C)
         return ended_C
 
     def _push(self, rows: float, sum_C: Float64, cut_C: Float64) -> None:
@@ -315,14 +309,14 @@ class _Labels:
         self._window: deque[Float64] = deque()  # impressions, clicks, conversions
         self._average, self._fresh = np.zeros(3), np.zeros(3)  # the same: older ones fading; of this step
 
-    def add(self, first: Examples) -> None:
-        """First emissions, in the order of the join."""
+    def add(self, shown_B: Int64, click_B: Float32, conversion_B: Float32) -> None:
+        """First emissions, in the order of the join: impression time in ms, labels."""
         self._fresh = np.zeros(3)
-        if not first.rows:
+        if not len(shown_B):
             return
-        shown_B, clicked_B = first.impression_ms_B, first.click_B == 1
+        clicked_B = click_B == 1
         cohorts_N, of_B = np.unique(shown_B // self._width_ms, return_inverse=True)
-        weights = (np.ones(first.rows), clicked_B, clicked_B & (first.conversion_B == 1))
+        weights = (np.ones(len(shown_B)), clicked_B, clicked_B & (conversion_B == 1))
         counts_N3 = np.stack([np.bincount(of_B, weight, len(cohorts_N)) for weight in weights], axis=1)
         for cohort, count in zip(cohorts_N.tolist(), counts_N3, strict=True):
             if (cohort + 1) * self._width_ms > self._known_ms:  # else it was counted
