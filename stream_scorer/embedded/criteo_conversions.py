@@ -8,6 +8,7 @@ features are the request's own. The attribution window is 30 days: set ``trainer
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -46,15 +47,26 @@ def criteo_conversions(path: Path, layouts: Layouts, options: ReplayOptions | No
     """Replay ``path``, plain or gzipped; `ConfigurationError` in one line when it is not such a log."""
     options = options or ReplayOptions()
     report = ReplayReport()
-    rows = usable(in_order(path, report, options, LogFormat(_time, _HINT)), report, _parse)
-    first = next(rows, None)
-    if first is None:
-        raise ConfigurationError(f"{path}: none of the {report.rows} rows can be used; {_HINT}")
+    rows = criteo_clicks(path, report, options)
+    first = next(rows)
     report.first_ms = first.at_ms
     replay = LabelledReplay("cc", layouts, options, report)
     return Replay(
         "criteo-conversions", CRITEO_CONVERSIONS_TOML, first.at_ms, report, replay.actions(chain([first], rows))
     )
+
+
+def criteo_clicks(path: Path, report: ReplayReport, options: ReplayOptions) -> Iterator[Row]:
+    """The log's usable rows in order of time, at least one; what is not usable is counted in ``report``.
+
+    `ConfigurationError` in one line when it is not such a log.
+    """
+    rows = usable(in_order(path, report, options, LogFormat(_time, _HINT)), report, _parse)
+    first = next(rows, None)
+    if first is None:
+        raise ConfigurationError(f"{path}: none of the {report.rows} rows can be used; {_HINT}")
+    yield first
+    yield from rows
 
 
 def _time(text: str) -> int | None:

@@ -19,7 +19,8 @@ TITLES = {
     "labels": "against eventual labels",
     "truth": "against the truth (each label replaced by its probability)",
 }
-Tried = dict[str, dict[float, float]]  # method -> rate -> mean log loss on the tuning seeds
+Rates = dict[str, dict[str, float]]  # setting -> method -> rate
+Tried = dict[str, dict[str, dict[float, float]]]  # setting -> method -> rate -> mean log loss on the tuning seeds
 Found = dict[tuple[str, float], dict[str, dict[str, dict[str, float]]]]
 
 
@@ -76,12 +77,13 @@ def write(out: Path, done: list[Measured], tried: Tried) -> None:
     facts = [{"setting": one.setting, "seed": one.seed, **one.facts} for one in done]
     write_csv(out / "learning_facts.csv", tuple(facts[0]), facts)
     tuned = [
-        {"method": method, "rate": rate, "nll": nll, "chosen": int(nll == min(losses.values()))}
-        for method, losses in tried.items()
+        {"setting": setting, "method": method, "rate": rate, "nll": nll, "chosen": int(nll == min(losses.values()))}
+        for setting, of in tried.items()
+        for method, losses in of.items()
         for rate, nll in sorted(losses.items())
     ]
     if tuned:
-        write_csv(out / "learning_rates.csv", ("method", "rate", "nll", "chosen"), tuned)
+        write_csv(out / "learning_rates.csv", ("setting", "method", "rate", "nll", "chosen"), tuned)
     (out / "learning.svg").write_text(svg(done))
 
 
@@ -111,7 +113,7 @@ def methods_of(done: list[Measured]) -> list[str]:
     return [method for method, _ in done[0].found]
 
 
-def text(done: list[Measured], rates: dict[str, float], tried: Tried) -> str:
+def text(done: list[Measured], rates: Rates, tried: Tried) -> str:
     """All tables, what the worlds are like, the sync intervals and what the default method is held to."""
     lines: list[str] = []
     for kind, title in TITLES.items():
@@ -121,7 +123,7 @@ def text(done: list[Measured], rates: dict[str, float], tried: Tried) -> str:
                 lines += ["", f"{setting} delays, {task}, {title}: mean and standard error over seeds", _header()]
                 for method in methods_of(done):
                     picked = [r for r in rows if (r["setting"], r["task"], r["method"]) == (setting, task, method)]
-                    lines.append(_line(method, picked, rates.get(method)))
+                    lines.append(_line(method, picked, rates[setting].get(method)))
     parts = (lines, fact_lines(done), edge_lines(tried), short_table(done), sync_lines(done), targets(done))
     return "\n".join(line for part in parts for line in [*part, ""])
 
@@ -141,7 +143,12 @@ def fact_lines(done: list[Measured]) -> list[str]:
 
 def edge_lines(tried: Tried) -> list[str]:
     """Whose best rate is the lowest or highest tried."""
-    at_edge = [m for m, losses in tried.items() if min(losses, key=losses.__getitem__) in (min(losses), max(losses))]
+    at_edge = [
+        f"{setting} {method}"
+        for setting, of in tried.items()
+        for method, losses in of.items()
+        if min(losses, key=losses.__getitem__) in (min(losses), max(losses))
+    ]
     return [f"rate at the edge of those tried: {', '.join(at_edge) or 'none'}"] if tried else []
 
 

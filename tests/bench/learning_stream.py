@@ -18,7 +18,7 @@ from esmm.learner import Learner, LearnerConfig
 from esmm.metrics import TaskStats
 from esmm.model import ESMM
 from esmm.optim import RowRule
-from tests.bench.learning_world import CLICK_WINDOW, OBSERVATION_WINDOW, SCHEMA, World
+from tests.bench.learning_world import World
 
 TOWERS, BATCH = (64, 32), 1_024
 LEARNING_RATE, EMBEDDING_RATE = 1e-3, 0.02  # the trainer's defaults; a factor multiplies both
@@ -40,8 +40,8 @@ class Rows(NamedTuple):
 
 def emitted(world: World, method: Method, start: float, end: float) -> Rows:
     """What the joiner emits in ``start <= t < end``, for a method's windows and kinds of rows."""
-    wait = OBSERVATION_WINDOW if method.observes else 0.0
-    first_at_N = np.maximum(world.at_N + CLICK_WINDOW, np.where(world.click_N, world.click_at_N + wait, -np.inf))
+    wait = world.observation if method.observes else 0.0
+    first_at_N = np.maximum(world.at_N + world.click_window, np.where(world.click_N, world.click_at_N + wait, -np.inf))
     seen_N = world.converted_N & (world.converted_at_N <= np.where(world.click_N, world.click_at_N, 0.0) + wait)
     if method.eventual_label:
         seen_N = world.converted_N
@@ -83,7 +83,7 @@ def learn(learner: Learner, world: World, rows: Rows, low: int, high: int, batch
             raise RuntimeError("a step was not finite")
 
 
-def learner_for(method: str, rate: float, seed: int) -> Learner:
+def learner_for(world: World, method: str, rate: float, seed: int) -> Learner:
     """Deep towers over embeddings; ``rate`` multiplies the default learning rates."""
     config = LearnerConfig(
         method=method,
@@ -91,7 +91,7 @@ def learner_for(method: str, rate: float, seed: int) -> Learner:
         embedding=RowRule(learning_rate=EMBEDDING_RATE * rate),
         seed=seed,
     )
-    return Learner(ESMM(SCHEMA, TOWERS, init_std=0.01, seed=seed), config, lambda *_: None)
+    return Learner(ESMM(world.schema, TOWERS, init_std=0.01, seed=seed), config, lambda *_: None)
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,13 @@ def pretrain(world: World, seed: int, folder: Path) -> Pretrained:
     end = float(world.plan.pretrain)
     for path, method in ((out.plain, "oracle"), (out.odds, "fnc")):
         path.mkdir(parents=True)
-        learner = learner_for(method, PRETRAIN_RATE, seed)
+        learner = learner_for(world, method, PRETRAIN_RATE, seed)
         rows = emitted(world, METHODS[method], 0.0, end)
         if method == "fnc":  # all conversions are known by now: each next to its impression
-            rows = beside(world, end - CLICK_WINDOW)
+            rows = beside(world, end - world.click_window)
         learn(learner, world, rows, 0, len(rows.at_R))
         learner.save(path)
-    heads = learner_for("defuse", 1.0, seed)
+    heads = learner_for(world, "defuse", 1.0, seed)
     heads.restore(out.plain)
     rows = emitted(world, METHODS["defuse"], world.attribution, world.attribution + end)
     matured = np.flatnonzero((rows.kind_R == Kind.MATURED) & (world.at_N[rows.impression_R] < end))
@@ -150,7 +150,7 @@ class Predicted(NamedTuple):
 
 def run(world: World, method: str | None, rate: float, seed: int, start: Pretrained) -> Predicted:
     """Prequential predictions of the test period; None is the frozen pretrained model."""
-    learner = learner_for(method or "oracle", rate, seed)
+    learner = learner_for(world, method or "oracle", rate, seed)
     learner.restore(start.of(method or "oracle"))
     rows = emitted(world, METHODS[method], world.start, world.end) if method else None
     parts = []
@@ -211,7 +211,7 @@ def sync_intervals(world: World, method: str, rate: float, seed: int, start: Pre
     Over the first `SYNC_HOURS` of the test period. A minute has about a thirtieth of a batch's rows; the rate is a
     quarter, so that small steps are not all noise.
     """
-    learner = learner_for(method, rate / 4, seed)
+    learner = learner_for(world, method, rate / 4, seed)
     learner.restore(start.of(method))
     rows = emitted(world, METHODS[method], world.start, world.end)
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"minute": [], "hour": [], "day": []}

@@ -70,11 +70,15 @@ class World(NamedTuple):
     late_N: np.ndarray  # P(later than the observation window | conversion)
     attribution: float  # window
     plan: Plan
+    schema: FeatureSchema = SCHEMA
+    click_window: float = CLICK_WINDOW
+    observation: float = OBSERVATION_WINDOW
+    gap: float | None = None  # between pretraining and stream; None: one attribution window
 
     @property
     def start(self) -> float:
         """When the stream begins."""
-        return self.plan.pretrain + self.attribution
+        return self.plan.pretrain + (self.attribution if self.gap is None else self.gap)
 
     @property
     def test_start(self) -> float:

@@ -10,7 +10,7 @@ import pytest
 from esmm.batch import Kind
 from esmm.delay import METHODS
 from stream_scorer.embedded.delays import DelayMixture
-from tests.bench.learning import RATE_LIMIT, TEST_SEEDS, TUNING_SEEDS, climb
+from tests.bench.learning import POWERS, RATE_LIMIT, RATE_STEP, TEST_SEEDS, TUNING_SEEDS, cells_of, climb, searches
 from tests.bench.learning_report import Measured, mean_error, paired, relative_improvement, text, write
 from tests.bench.learning_stream import TASKS, beside, emitted
 from tests.bench.learning_world import CLICK_WINDOW, OBSERVATION_WINDOW, Plan, World, facts_of, late_share, make_world
@@ -102,6 +102,17 @@ def test_the_search_ends_at_its_limit() -> None:
     assert max(losses) == RATE_LIMIT
 
 
+def test_each_setting_is_searched_for_every_method_and_tested_at_its_own_rates() -> None:
+    tasks = searches(["default", "long"], Plan(), 2)
+    of = {setting: [m for t in tasks if t.setting == setting for m in t.methods] for setting in ("default", "long")}
+    assert {setting: sorted(methods) for setting, methods in of.items()} == dict.fromkeys(of, sorted(METHODS))
+    assert {task.setting: task.plan.test for task in tasks} == {"default": 72, "long": Plan().test}
+    rates = {setting: {m: RATE_STEP**power for m, power in powers.items()} for setting, powers in POWERS.items()}
+    for cell in cells_of(["default", "long"], (1, 2), Plan(), rates):
+        assert dict(cell.trials) == rates[cell.setting] | {"pretrained": 1.0}
+    assert rates["default"] != rates["long"]
+
+
 def test_no_seed_is_both_tuned_and_tested_on() -> None:
     assert not set(TEST_SEEDS) & set(TUNING_SEEDS)
 
@@ -118,15 +129,15 @@ def measured(seed: int, nll: dict[str, float]) -> Measured:
 def test_a_report_has_every_file_and_says_what_was_missed(tmp_path) -> None:
     losses = {"pretrained": 0.3, "oracle": 0.2, "vanilla-dup": 0.22, "mp-es-dfm": 0.23}
     done = [measured(seed, {m: v + seed / 100 for m, v in losses.items()}) for seed in (1, 2)]
-    tried = {"oracle": {1.0: 0.3, 2.0: 0.2, 3.0: 0.25}, "mp-es-dfm": {1.0: 0.3, 2.0: 0.2}}
+    tried = {"default": {"oracle": {1.0: 0.3, 2.0: 0.2, 3.0: 0.25}, "mp-es-dfm": {1.0: 0.3, 2.0: 0.2}}}
     write(tmp_path, done, tried)
     header, first = (tmp_path / "learning.csv").read_text().splitlines()[:2]
     assert header == "setting,method,seed,task,auc,pr_auc,nll,pcoc,ece,ri_auc,ri_nll"
     assert first.startswith("default,pretrained,1,ctr,")
     names = {"", "_truth", "_sync", "_days", "_facts", "_rates"}
     assert {path.name for path in tmp_path.iterdir()} == {f"learning{n}.csv" for n in names} | {"learning.svg"}
-    said = text(done, {"oracle": 2.0}, tried)
-    assert "rate at the edge of those tried: mp-es-dfm" in said
+    said = text(done, {"default": {"oracle": 2.0}}, tried)
+    assert "rate at the edge of those tried: default mp-es-dfm" in said
     assert "NO  NLL less vanilla-dup's +0.010000" in said
     assert "yes CTCVR PCOC 1.0000" in said
     assert "NO  RI-NLL 70.0 >= 75" in said
