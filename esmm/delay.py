@@ -11,6 +11,10 @@ impressions are certain negatives (R3), but must weigh what a click at the same 
 although p would not be: 1 for mass-preserving methods, 1 + f_dp for ES-DFM, 2 for DEFER. Tests hold every fixed point
 to 1e-6, in click space and in the entire space.
 
+A fixed point takes for granted that x is still shown when its late conversions come. Where items leave sooner, those
+positives find no row to balance, and for what is shown now the first emissions speak alone: at p = .256, 58% of it
+late, they teach .42 p under FNW and FNC, .49 p under both ES-DFM, .57 p under DEFUSE, p under DDFM, 1.04 p under DEFER.
+
 Sources: FNW, FNC (Ktena et al., RecSys 2019), ES-DFM (Yang et al., AAAI 2021), DEFER (Gu et al., KDD 2021), DEFUSE
 (Chen et al., WWW 2022), DDFM (KID-22/DDFM). Formulas were derived again here: some public implementations are wrong.
 """

@@ -114,6 +114,17 @@ def test_four_digit_table(name):
     assert got == pytest.approx(PUBLISHED[name], abs=5.1e-5)
 
 
+ALONE = {"fnw": 0.42, "fnc": 0.42, "es-dfm": 0.49, "mp-es-dfm": 0.49, "defuse": 0.57, "ddfm": 1.0, "defer": 1.04}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_first_emissions_teach_of_an_item_that_leaves_before_its_late_conversions(name):
+    w = world(0.256, 0.583)
+    early = w._replace(mass_B=w.mass_B * w.rows.first_B)
+    got = served(name, fixed_point(METHODS[name].weights, early), 1.0)
+    assert got / w.p == pytest.approx(ALONE[name], abs=0.0051)
+
+
 def defuse_bug(r: Rows, b: Beliefs) -> Weights:
     """ychen216/DEFUSE loss.py:155: every positive, late ones too, weighs 1 for being one and 1 + f_dp again."""
     right = METHODS["defuse"].weights(r, b)
