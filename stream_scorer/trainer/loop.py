@@ -70,7 +70,7 @@ class Trainer:
         self._next: dict[TopicPartition, int] = {}  # offset after the last record taken
         self._rewind: dict[TopicPartition, int] = {}  # assigned since the last poll: where to read on
         self._pending_since_ms = 0  # record time when the oldest row began to wait
-        self._unpublished = 0  # rows learned
+        self._unpublished = 0  # rows learned, or refused: then the gate looks whether the weights are numbers
         self._unsaved = False
         self._reject_error: object | None = None
         self._refused: str | None = None  # why the group did not take the last checkpoint's offsets
@@ -278,11 +278,11 @@ class Trainer:
     def _account(self, step: Step) -> None:
         tally, examples, stats = self._tally, step.examples, step.stats
         tally.steps += 1
+        self._unpublished += examples.rows
         if not stats.finite:
             tally.refused_steps += 1
             _log.error("a step was refused: its loss or gradient is not finite", rows=examples.rows)
             return
-        self._unpublished += examples.rows
         rows_of = np.bincount(examples.kind_B, minlength=len(Kind)).tolist()
         tally.first += rows_of[Kind.FIRST]
         tally.late_conversion += rows_of[Kind.LATE_CONVERSION]

@@ -178,6 +178,9 @@ class Publisher:
         learned = rival.learned if rival is not None else 0
         first, matured = self._rows.first_since(learned), self._rows.matured_since(learned)
         now = _ask(self._ports.learner, first, matured)
+        if first is None:  # nothing was learned since: that it says numbers at all must show on rows from before
+            before = _ask(self._ports.learner, self._rows.first_since(0), self._rows.matured_since(0))
+            now = now._replace(verdicts=now.verdicts._replace(finite=now.verdicts.finite and before.verdicts.finite))
         return _Match(_progressive(first, matured), now, None if rival is None else _ask(rival.judge, first, matured))
 
     def _held_out(self, rival: _Opened | None) -> Contest | None:

@@ -17,6 +17,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from stream_scorer.adapters.checkpoints import DirectoryCheckpoints
 from stream_scorer.adapters.kafka import COMMITTED_TRIES, KafkaConfig, KafkaSource
+from stream_scorer.core.deadline import Deadline
 from stream_scorer.core.drift import DriftPolicy
 from stream_scorer.core.gate import GatePolicy
 from stream_scorer.core.merge import Merge
@@ -47,6 +48,37 @@ def test_a_last_step_that_failed_is_neither_saved_nor_committed(tmp_path: Path) 
     world.source.close()  # revokes its partitions, at which a healthy trainer saves and commits
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert world.source.committed == {}
+
+
+class Overflown(TinyLearner):
+    """Refuses every step once its weights are no numbers, as a learner does whose loss is none then."""
+
+    def step(self, examples):
+        before = self.weights.copy()
+        stats = super().step(examples)
+        if not stats.finite:
+            self.weights = before
+        return stats
+
+
+def test_weights_that_are_no_numbers_heal_although_nothing_can_be_learned_any_more(tmp_path: Path) -> None:
+    policy = replace(POLICY, gate=GatePolicy(min_examples=50), publish_every_s=10.0)
+    world = TrainerWorld(tmp_path, policy=policy, make_learner=Overflown)
+    Market(requests=300).fill(world.source)
+    world.until_idle()
+    world.clock.advance(10.1)
+    world.trainer.step()
+    assert world.store.current() == 2
+    assert world.trainer.drain(Deadline.after(5.0, world.clock.monotonic_s))
+    good = world.learner.weights.copy()
+    world.learner.weights = np.full_like(good, np.nan)
+    Market(requests=100, start_ms=START_MS + 60_000, name="more").fill(world.source)
+    world.until_idle()
+    assert world.trainer._tally.refused_steps > 0
+    world.clock.advance(10.1)
+    world.trainer.step()
+    assert world.trainer._publisher.tally.holds == {"nonfinite": 1}
+    np.testing.assert_array_equal(world.learner.weights, good)
 
 
 def test_a_step_that_failed_at_once_is_not_in_flight() -> None:
