@@ -10,9 +10,9 @@ Predictions are clipped to ``[CLIP, 1 - CLIP]`` in logloss only. Shape suffixes:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,14 +44,40 @@ class TaskStats:
     def of(cls, labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike | None = None) -> TaskStats:
         """(N,) labels of 0 and 1, probabilities, and weights (default 1 each). ValueError for anything else."""
         y_N, p_N, w_N = _checked(labels, predictions, weights)
-        bin_N = _bin_of(p_N)
+        logs = _logs(p_N)
+        bin_N = _bin_of(logs)
         return cls(
             len(y_N),
-            float(np.sum(w_N * _logloss_of(y_N, p_N))),
+            float(np.sum(w_N * _logloss_of(y_N, logs))),
             _sums(bin_N, w_N * y_N, BINS),
             _sums(bin_N, w_N * (1 - y_N), BINS),
             _sums(bin_N, w_N * p_N, BINS),
         )
+
+    @classmethod
+    def by_group(
+        cls, labels: ArrayLike, predictions: ArrayLike, group_N: NDArray[np.intp], before: Sequence[TaskStats | None]
+    ) -> list[TaskStats]:
+        """``before[g] + of(...)`` of the rows of each group g; None counts as no rows.
+
+        The sums are added to those of ``before``, which its owner must not use any more: a step has rows of many
+        groups, and fresh histograms for each would cost more than the rows.
+        """
+        y_N, p_N, _ = _checked(labels, predictions, None)
+        logs, groups = _logs(p_N), len(before)
+        loss_G = np.bincount(group_N, _logloss_of(y_N, logs), groups).tolist()
+        order_N = np.argsort(group_N, kind="stable")
+        bin_N, y_N, p_N = _bin_of(logs)[order_N], y_N[order_N], p_N[order_N]
+        out, start = [], 0
+        for stats, rows, loss in zip(before, np.bincount(group_N, minlength=groups).tolist(), loss_G, strict=True):
+            of = slice(start, start := start + rows)
+            sums = stats or cls.empty()
+            np.add.at(sums.positive_K, bin_N[of], y_N[of])
+            np.add.at(sums.negative_K, bin_N[of], 1 - y_N[of])
+            np.add.at(sums.prediction_K, bin_N[of], p_N[of])
+            arrays = (sums.positive_K, sums.negative_K, sums.prediction_K)
+            out.append(cls(sums.rows + rows, sums.logloss_sum + loss, *arrays))
+        return out
 
     def __add__(self, other: TaskStats) -> TaskStats:
         return TaskStats(
@@ -142,7 +168,7 @@ def pr_auc(labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike | None 
 def logloss(labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Mean binary cross-entropy in nats; nan without rows."""
     y_N, p_N, w_N = _checked(labels, predictions, weights)
-    return _ratio(float(np.sum(w_N * _logloss_of(y_N, p_N))), float(w_N.sum()))
+    return _ratio(float(np.sum(w_N * _logloss_of(y_N, _logs(p_N)))), float(w_N.sum()))
 
 
 def pcoc(labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike | None = None) -> float:
@@ -165,15 +191,26 @@ def _checked(labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike | Non
     return y_N, p_N, w_N
 
 
-def _logloss_of(y_N: Float64, p_N: Float64) -> Float64:
-    p_N = np.clip(p_N, CLIP, 1 - CLIP)
-    out: Float64 = -np.where(y_N == 1, np.log(p_N), np.log1p(-p_N))
+class _Logs(NamedTuple):
+    """log p and log(1 - p), -inf at the ends."""
+
+    one_N: Float64
+    other_N: Float64
+
+
+def _logs(p_N: Float64) -> _Logs:
+    with np.errstate(divide="ignore"):
+        return _Logs(np.log(p_N), np.log1p(-p_N))
+
+
+def _logloss_of(y_N: Float64, logs: _Logs) -> Float64:
+    one_N = np.clip(logs.one_N, np.log(CLIP), np.log(1 - CLIP))
+    out: Float64 = -np.where(y_N == 1, one_N, np.clip(logs.other_N, np.log1p(CLIP - 1), np.log1p(-CLIP)))
     return out
 
 
-def _bin_of(p_N: Float64) -> NDArray[np.int64]:
-    with np.errstate(divide="ignore"):  # 0 and 1 have infinite logits, which the limit takes care of
-        logit_N = np.clip(np.log(p_N) - np.log1p(-p_N), -LOGIT_LIMIT, LOGIT_LIMIT)
+def _bin_of(logs: _Logs) -> NDArray[np.int64]:
+    logit_N = np.clip(logs.one_N - logs.other_N, -LOGIT_LIMIT, LOGIT_LIMIT)  # those of 0 and 1 are infinite
     scaled_N = (logit_N + LOGIT_LIMIT) * (BINS / (2 * LOGIT_LIMIT))
     out: NDArray[np.int64] = np.minimum(scaled_N.astype(np.int64), BINS - 1)
     return out

@@ -64,6 +64,10 @@ class StatsKind(Protocol):
         """Of (N,) labels of 0 and 1, and probabilities."""
         ...
 
+    def by_group(self, labels: Any, predictions: Any, group_N: Any, before: Any) -> Any:
+        """``before[g]`` plus those of the rows of each group g, with None for no rows; ``before`` is used up."""
+        ...
+
     def from_dict(self, data: Mapping[str, Any]) -> Any:
         """Of `Stats.to_dict`."""
         ...
@@ -123,6 +127,23 @@ class Closed(NamedTuple):
     stats: Stats
 
 
+class Groups(NamedTuple):
+    """Rows told apart: ``group_B`` is each row's place in ``keys``, which are (cohort, version), ascending."""
+
+    keys: list[tuple[int, int]]
+    group_B: Int64
+
+
+def numbered(value_B: Int64) -> tuple[Int64, Int64]:
+    """The distinct values of one or more rows, ascending, and each row's place among them."""
+    lowest = int(value_B.min())
+    if int(value_B.max()) - lowest > 4 * len(value_B):
+        return np.unique(value_B, return_inverse=True)
+    count_K = np.bincount(value_B - lowest)  # no sort: a step's rows are of few values near one another
+    place_K = np.cumsum(count_K > 0) - 1
+    return np.flatnonzero(count_K) + lowest, place_K[value_B - lowest]
+
+
 class Cohorts:
     """Rows gathered by the time of their impression, until every label of that time is known.
 
@@ -135,12 +156,19 @@ class Cohorts:
         self._kind, self._width_ms, self._settle_ms = kind, max(1, width_ms), settle_ms
         self._open: dict[tuple[int, int], Stats] = {}  # (cohort, version)
 
-    def add(self, impression_ms_B: Int64, version_B: Int64, label_B: Float32, score_B: Float32) -> None:
-        """B rows of any times and versions."""
-        cohort_B = impression_ms_B // self._width_ms
-        for cohort, version in sorted(set(zip(cohort_B.tolist(), version_B.tolist(), strict=True))):
-            of_B = (cohort_B == cohort) & (version_B == version)
-            self._put((cohort, version), self._kind.of(label_B[of_B], score_B[of_B]))
+    def grouped(self, impression_ms_B: Int64, version_B: Int64) -> Groups:
+        """B rows of any times and versions, told apart as `add` wants them."""
+        cohort_N, of_cohort_B = numbered(impression_ms_B // self._width_ms)
+        version_N, of_version_B = numbered(version_B)
+        pair_N, group_B = numbered(of_cohort_B * len(version_N) + of_version_B)
+        cohorts, versions = cohort_N[pair_N // len(version_N)], version_N[pair_N % len(version_N)]
+        return Groups(list(zip(cohorts.tolist(), versions.tolist(), strict=True)), group_B)
+
+    def add(self, groups: Groups, label_B: Float32, score_B: Float32) -> None:
+        """Rows that were grouped by these cohorts, or by others of their width."""
+        before = [self._open.get(key) for key in groups.keys]
+        after = self._kind.by_group(label_B, score_B, groups.group_B, before)
+        self._open.update(zip(groups.keys, after, strict=True))
 
     def _put(self, key: tuple[int, int], stats: Stats) -> None:
         self._open[key] = self._open[key] + stats if key in self._open else stats

@@ -14,11 +14,9 @@ The statistics come from outside (`StatsKind`, in practice `esmm.metrics.TaskSta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
-
-import numpy as np
 
 from esmm.batch import Bool, Examples, Float32, Kind
 from stream_scorer.core.score_tracks import METRICS, OLDER, Cohorts, Stats, StatsKind, Track, measure, measures
@@ -70,18 +68,22 @@ class Scoreboard:
         """One step: ``ctr_B`` and ``ctcvr_B`` are what the learner predicted before it learned these rows."""
         first_B = examples.kind_B == Kind.FIRST
         final_B = (examples.kind_B == Kind.MATURED) | (first_B & (examples.click_B == 0))
-        self._gather("fresh.ctr", examples, first_B, examples.click_B, examples.served_ctr_B)
-        self._gather("fresh.ctcvr", examples, first_B, examples.conversion_B, examples.served_ctcvr_B)
-        self._gather("matured.ctcvr", examples, final_B, examples.conversion_B, examples.served_ctcvr_B)
+        fresh = ("fresh.ctr", examples.click_B, examples.served_ctr_B), ("fresh.ctcvr", *_ctcvr(examples))
+        self._gather(examples, first_B, fresh)
+        self._gather(examples, final_B, [("matured.ctcvr", *_ctcvr(examples))])
         self._progressive["ctr"].add(self._kind.of(examples.click_B[first_B], ctr_B[first_B]))
         self._progressive["ctcvr"].add(self._kind.of(examples.conversion_B[first_B], ctcvr_B[first_B]))
 
-    def _gather(self, name: str, examples: Examples, of_B: Bool, label_B: Float32, score_B: Float32) -> None:
-        if of_B.any():
-            when_B, version_B = examples.impression_ms_B[of_B], examples.version_B[of_B]
-            self._boards[name].cohorts.add(when_B, version_B, label_B[of_B], score_B[of_B])
-            for version in np.unique(version_B).tolist():
-                self._versions.setdefault(version, {})
+    def _gather(self, examples: Examples, of_B: Bool, boards: Sequence[tuple[str, Float32, Float32]]) -> None:
+        """Some rows into boards of one kind of cohorts: name, labels and scores each."""
+        if not of_B.any():
+            return
+        cohorts = self._boards[boards[0][0]].cohorts
+        groups = cohorts.grouped(examples.impression_ms_B[of_B], examples.version_B[of_B])
+        for name, label_B, score_B in boards:
+            self._boards[name].cohorts.add(groups, label_B[of_B], score_B[of_B])
+        for _, version in groups.keys:
+            self._versions.setdefault(version, {})
 
     def advance(self, watermark_ms: int) -> None:
         """Event time has come to ``watermark_ms``: cohorts that are complete enter their board."""
@@ -149,3 +151,8 @@ class Scoreboard:
         for task, track in self._progressive.items():
             track.load(data["progressive"][task])
         self._versions = {v: {n: self._kind.from_dict(s) for n, s in board.items()} for v, board in data["versions"]}
+
+
+def _ctcvr(examples: Examples) -> tuple[Float32, Float32]:
+    """Labels and scores as served."""
+    return examples.conversion_B, examples.served_ctcvr_B

@@ -46,11 +46,30 @@ def test_a_track_keeps_the_first_window_the_last_and_all() -> None:
 def test_a_cohort_is_given_out_when_it_is_complete() -> None:
     cohorts = Cohorts(TaskStats, width_ms=10, settle_ms=100)
     label, score = np.array([1, 0], np.float32), np.array([0.5, 0.25], np.float32)
-    cohorts.add(np.array([5, 15]), np.array([1, 2]), label, score)
-    cohorts.add(np.array([9, 5]), np.array([1, 2]), label, score)
+    cohorts.add(cohorts.grouped(np.array([5, 15]), np.array([1, 2])), label, score)
+    cohorts.add(cohorts.grouped(np.array([9, 5]), np.array([1, 2])), label, score)
     assert list(cohorts.close(109)) == []
     assert [(version, s.rows, s.positives) for version, s in cohorts.close(110)] == [(1, 2, 2), (2, 1, 0)]
     assert [(version, s.rows) for version, s in cohorts.close(10_000)] == [(2, 1)]
+
+
+@pytest.mark.parametrize("far", [1, 1_000])  # versions and times near one another, and not
+def test_rows_are_told_apart_by_cohort_and_version(far) -> None:
+    rng = np.random.default_rng(far)
+    when, version = rng.integers(-300, 300, 500) * far, rng.integers(1, 5, 500) * far
+    label, score = (rng.random(500) < 0.3).astype(np.float32), rng.random(500).astype(np.float32)
+    cohorts, expected = Cohorts(TaskStats, width_ms=50, settle_ms=100), {}
+    for of in (slice(0, 200), slice(200, 500)):
+        cohorts.add(cohorts.grouped(when[of], version[of]), label[of], score[of])
+    for key in sorted({(int(w) // 50, int(v)) for w, v in zip(when, version, strict=True)}):
+        of = (when // 50 == key[0]) & (version == key[1])
+        expected[key] = TaskStats.of(label[of], score[of])
+    closed = list(cohorts.close(10**9))
+    assert [c.version for c in closed] == [version for _, version in expected]
+    for one, other in zip((c.stats for c in closed), expected.values(), strict=True):
+        assert (one.rows, one.positives, one.auc()) == (other.rows, other.positives, other.auc())
+        assert one.logloss() == pytest.approx(other.logloss(), rel=1e-12)
+        np.testing.assert_allclose(one.prediction_K, other.prediction_K, rtol=1e-12)
 
 
 def test_fresh_and_matured_boards_take_the_right_rows_and_labels() -> None:
