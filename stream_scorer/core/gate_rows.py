@@ -13,7 +13,7 @@ Beside them are rows of impressions that are held out: no model learns from any 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -39,15 +39,35 @@ class Judgeable(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """B rows. ``at_BE``: rows learned before each of E predictions, ascending, `ABSENT` for none; the last is there."""
+    """K rows of a step. ``at_KE``: rows learned before each of E predictions, ascending, `ABSENT` for none.
+
+    The last prediction is there.     The step is kept as it is: most of its rows belong to one part, and to copy them all each time would cost more.
+    """
 
     examples: Examples
-    at_BE: Int64
-    said_BE: Float32
+    rows_K: Int64
+    at_KE: Int64
+    said_KE: Float32
+
+    @classmethod
+    def of(cls, examples: Examples, rows_K: Int64, at_KE: Int64, said_KE: Float32) -> _Part:
+        """Rows of a step; a copy where it would keep many others alive."""
+        if 2 * len(rows_K) >= examples.rows:
+            return cls(examples, rows_K, at_KE, said_KE)
+        return cls(examples.take(rows_K), np.arange(len(rows_K)), at_KE, said_KE)
+
+    @property
+    def rows(self) -> int:
+        """K."""
+        return len(self.rows_K)
+
+    def some(self, which: Any) -> _Part:
+        """Some of the rows, by a slice or a mask (K,)."""
+        return _Part(self.examples, self.rows_K[which], self.at_KE[which], self.said_KE[which])
 
 
 class _Rows:
-    """The last ``limit`` rows or a little more."""
+    """The last ``limit`` rows."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -55,44 +75,48 @@ class _Rows:
         self._rows = 0
 
     def add(self, part: _Part) -> None:
-        if not part.examples.rows:
+        if not part.rows:
             return
         self._parts.append(part)
-        self._rows += part.examples.rows
-        while self._rows - self._parts[0].examples.rows >= self._limit:
-            self._rows -= self._parts.popleft().examples.rows
-
-    def all(self) -> _Part | None:
-        if not self._parts:
-            return None
-        examples, at, said = zip(*self._parts, strict=True)
-        return _Part(concat_examples(list(examples)), np.concatenate(at), np.concatenate(said))
+        self._rows += part.rows
+        while self._rows > self._limit:
+            oldest = self._parts.popleft()
+            over = min(self._rows - self._limit, oldest.rows)
+            self._rows -= over
+            if over < oldest.rows:
+                self._parts.appendleft(oldest.some(slice(over, None)))
 
     def since(self, learned: int) -> Judgeable | None:
-        part = self.all()
-        if part is None:
+        """The rows not yet learned at ``learned``, with what was said first after it."""
+        parts = [part.some(part.at_KE[:, -1] >= learned) for part in self._parts]
+        parts = [part for part in parts if part.rows]
+        if not parts:
             return None
-        rows_K = np.flatnonzero(part.at_BE[:, -1] >= learned)
-        if not len(rows_K):
-            return None
-        first_K = (part.at_BE[rows_K] >= learned).argmax(axis=1)
-        return Judgeable(part.examples.take(rows_K), part.said_BE[rows_K, first_K])
+        first = [(part.at_KE >= learned).argmax(axis=1) for part in parts]
+        said = [part.said_KE[np.arange(part.rows), first_K] for part, first_K in zip(parts, first, strict=True)]
+        return Judgeable(_together(parts), np.concatenate(said))
 
     def forget(self) -> None:
         self._parts.clear()
         self._rows = 0
 
     def arrays(self, prefix: str) -> Arrays:
-        part = self.all()
-        if part is None:
+        if not self._parts:
             return {}
-        return to_arrays(prefix, part.examples) | {f"{prefix}_at_BE": part.at_BE, f"{prefix}_said_BE": part.said_BE}
+        at_BE, said_BE = (np.concatenate(columns) for columns in zip(*(part[2:] for part in self._parts), strict=True))
+        rows = to_arrays(prefix, _together(self._parts))
+        return rows | {f"{prefix}_at_BE": at_BE, f"{prefix}_said_BE": said_BE}
 
     def restore(self, prefix: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         self.forget()
         examples = from_arrays(prefix, arrays)
         if examples is not None:
-            self.add(_Part(examples, arrays[f"{prefix}_at_BE"], arrays[f"{prefix}_said_BE"]))
+            at_BE, said_BE = arrays[f"{prefix}_at_BE"], arrays[f"{prefix}_said_BE"]
+            self.add(_Part(examples, np.arange(examples.rows), at_BE, said_BE))
+
+
+def _together(parts: Iterable[_Part]) -> Examples:
+    return concat_examples([part.examples.take(part.rows_K) for part in parts])
 
 
 class GateRows:
@@ -112,7 +136,7 @@ class GateRows:
         self.learned += examples.rows
         first_K = np.flatnonzero(kind_B == Kind.FIRST)
         at_KE = np.full((len(first_K), 1), at, np.int64)
-        self._first.add(_Part(examples.take(first_K), at_KE, ctr_B[first_K, None].astype(np.float32)))
+        self._first.add(_Part.of(examples, first_K, at_KE, ctr_B[first_K, None].astype(np.float32)))
         clicked_K = np.flatnonzero((examples.click_B == 1) & (kind_B != Kind.MATURED))
         matured_K = np.flatnonzero(kind_B == Kind.MATURED)
         cvr_B = cvr_of(ctr_B, ctcvr_B)
@@ -124,8 +148,9 @@ class GateRows:
     def hold_out(self, examples: Examples) -> None:
         """Rows that are not learned, of impressions of which none is."""
         for rows, kind in ((self._held_first, Kind.FIRST), (self._held_matured, Kind.MATURED)):
-            some = examples.take(np.flatnonzero(examples.kind_B == kind))
-            rows.add(_Part(some, np.zeros((some.rows, 1), np.int64), np.zeros((some.rows, 1), np.float32)))
+            rows_K = np.flatnonzero(examples.kind_B == kind)
+            nothing = (np.zeros((len(rows_K), 1), np.int64), np.zeros((len(rows_K), 1), np.float32))
+            rows.add(_Part.of(examples, rows_K, *nothing))
 
     def forget_held_out(self) -> None:
         """Begin to hold out anew."""
@@ -147,7 +172,7 @@ class GateRows:
         for row, click in enumerate(identity(matured).tolist()):
             for occasion, (then, cvr) in enumerate(self._open.pop(click, ())):
                 at_BE[row, occasion], said_BE[row, occasion] = then, cvr
-        self._matured.add(_Part(matured, at_BE, said_BE))
+        self._matured.add(_Part(matured, np.arange(matured.rows), at_BE, said_BE))
 
     def forget(self) -> None:
         """The learner is another one now: what it said before says nothing of it."""

@@ -72,8 +72,35 @@ def test_the_oldest_rows_and_clicks_go() -> None:
         add(kept, rows(*((who + n, FIRST, 1) for n in range(5))), 0.5)
     first = kept.first_since(0)
     assert first is not None
-    assert 10 <= first.examples.rows < 20
+    assert first.examples.user.ids_NS[:, 0].tolist() == list(range(990, 1_000))
     assert len(kept._open) == 160
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 10, 25])
+def test_the_window_is_the_same_however_rows_came_and_after_a_restart(step: int) -> None:
+    kept, again = GateRows(10, held_out=10), GateRows(10, held_out=10)
+    stream = [(who, kind, 1) for who in range(100) for kind in (FIRST, MATURED)]
+    for at in range(0, len(stream), step):
+        some = rows(*stream[at : at + step])
+        for one in (kept, again):
+            add(one, some, 0.5)
+            one.hold_out(some)
+        restarted = GateRows(10, held_out=10)
+        restarted.restore(again.arrays())
+        again = restarted
+        seen = [who for who, kind, _ in stream[: at + step] if kind == FIRST][-10:]
+        ripe = [who for who, kind, _ in stream[: at + step] if kind == MATURED][-10:]
+        for one in (kept, again):
+            found = (one.first_since(0), one.matured_since(0), *one.held_out())
+            whose = [[] if part is None else part.examples.user.ids_NS[:, 0].tolist() for part in found]
+            assert whose == [seen, ripe, seen, ripe]
+
+
+def test_a_step_of_which_few_rows_are_kept_does_not_stay_in_memory() -> None:
+    kept = GateRows(10)
+    many = rows(*((who, MATURED, 1) for who in range(50)), (99, FIRST, 0))
+    add(kept, many, 0.5)
+    assert [part.examples.rows for part in kept._first._parts] == [1]
 
 
 def test_forgetting_keeps_the_count() -> None:
