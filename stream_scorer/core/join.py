@@ -28,7 +28,7 @@ from esmm.batch import Kind
 from stream_scorer.core.emit import Emission
 from stream_scorer.core.heard import Heard
 from stream_scorer.core.inbox import Event, Inbox
-from stream_scorer.core.join_entry import NEVER, NONE, UNKNOWN, Entry, JoinPolicy, JoinStore, Row, Stage, earliest
+from stream_scorer.core.join_entry import NEVER, NONE, Entry, JoinPolicy, JoinStore, Row, Stage, earliest
 from stream_scorer.core.records import TopicPartition
 from stream_scorer.core.served import ServedRequest
 from stream_scorer.core.watermark import Watermark
@@ -108,10 +108,10 @@ class Joiner:
                 if (
                     kind == "impression"
                     and entry is not None
-                    and item in entry.places
                     and not (item in entry.shown or item in entry.rows or item in entry.passed)
                     and ts <= entry.expires_ms
                     and not entry.closed
+                    and entry.find(item) is not None
                 ):  # what most events are: the impression of a served candidate that nothing was heard of before
                     due_ms = ts + first_ms
                     due_ms += -due_ms % tick_ms
@@ -177,8 +177,8 @@ class Joiner:
     def _resolve(self, entry: Entry) -> None:
         """Feedback came first: give held rows their place in the request."""
         for item, row in list(entry.rows.items()):
-            index = entry.places.get(item, UNKNOWN)
-            if index == UNKNOWN:
+            index = entry.find(item)
+            if index is None:
                 self.outcomes["item_not_served"] += row.events
                 del entry.rows[item]
                 continue

@@ -105,7 +105,7 @@ class Entry:
     ``passed``. Any other is a `Row`; a candidate is in one of the three at most.
     """
 
-    __slots__ = ("_places", "armed_ms", "closed", "expires_ms", "passed", "rows", "served", "shown")
+    __slots__ = ("armed_ms", "closed", "expires_ms", "passed", "places", "rows", "served", "shown")
 
     def __init__(self, served: ServedRequest | None, expires_ms: int) -> None:
         """``served`` is None while only feedback came. ``closed``: past ``expires_ms``, with unsettled rows only."""
@@ -116,35 +116,31 @@ class Entry:
         self.expires_ms = expires_ms
         self.armed_ms = NEVER  # the timer outstanding for this entry
         self.closed = False
-        self._places: dict[str, int] | None = None
+        self.places: dict[str, int] = {}  # what `find` found; of all in ``shown`` and ``passed``
 
-    @property
-    def places(self) -> dict[str, int]:
-        """Item id -> its place in the request (the first, should it come twice); empty until it was served."""
-        places = self._places
-        if places is None:
-            if self.served is None:
-                return {}
-            items = self.served.items
-            places = dict(zip(items, range(len(items)), strict=True))
-            if len(places) < len(items):
-                places = dict(zip(reversed(items), range(len(items) - 1, -1, -1), strict=True))
-            self._places = places
-        return places
+    def find(self, item: str) -> int | None:
+        """A candidate's place in the request (the first, should it come twice); None if it has none, or none yet."""
+        place = self.places.get(item)
+        if place is None and self.served is not None:
+            try:  # a few of many are ever asked for: a table of all of them would cost more than it saves
+                place = self.places[item] = self.served.items.index(item)
+            except ValueError:
+                return None
+        return place
 
     def place(self, item: str) -> int | None:
         """Where a new row lies in the request: `UNKNOWN` until it was served, None when it can have no place."""
         if self.served is None:
             return UNKNOWN
-        return None if self.closed else self.places.get(item)
+        return None if self.closed else self.find(item)
 
     def narrow(self, items: list[str]) -> None:
         """Keep the features of these candidates only; ``rows`` of theirs get their new places."""
         if self.served is None:
             raise AssertionError("there is nothing to keep of a request that was not served")
-        places = self.places
+        places = self.places | {item: row.index for item, row in self.rows.items()}
         self.served = keep_rows(self.served, [places[item] for item in items])
-        self._places = None
+        self.places = {item: index for index, item in enumerate(items)}
         for item, row in self.rows.items():
             row.index = self.places[item]
 
@@ -206,6 +202,8 @@ def unpack_rows(data: bytes, served: ServedRequest | None) -> Entry:
     end = _ENTRY.size + count * _ROW.size
     fields = _ROW.iter_unpack(data[_ENTRY.size : end])
     names, entry.shown, entry.passed = orjson.loads(data[end:])
+    if served is not None and (entry.shown or entry.passed):
+        entry.places = {item: served.items.index(item) for item in (*entry.shown, *entry.passed)}
     for name, (index, stage, observed, impression_ms, click_ms, conversion_ms, due_ms) in zip(
         names, fields, strict=True
     ):
