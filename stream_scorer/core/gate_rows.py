@@ -41,7 +41,8 @@ class Judgeable(NamedTuple):
 class _Part(NamedTuple):
     """K rows of a step. ``at_KE``: rows learned before each of E predictions, ascending, `ABSENT` for none.
 
-    The last prediction is there.     The step is kept as it is: most of its rows belong to one part, and to copy them all each time would cost more.
+    The last prediction is always there. The step is kept as it is: most of its rows belong to one part, and it would
+    cost more to copy them each time.
     """
 
     examples: Examples
