@@ -46,6 +46,39 @@ def products(xs: list[Tensor], rows_of: list[Tensor], first: list[Tensor], bias_
     return out
 
 
+def idle_last(
+    xs: list[Tensor], rows_of: list[Tensor], labels: list[Tensor], idle: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, int]:
+    """All rows, those of kind ``idle`` (labels[0]) last; where each was (none if none moved); how many are not."""
+    idle_B = labels[0] == idle
+    rows = idle_B.shape[0]
+    live = rows - int(idle_B.sum())
+    if live == rows:
+        return xs, rows_of, labels, torch.zeros(0, dtype=torch.int64), live
+    order_B = torch.argsort(idle_B.to(torch.uint8), stable=True)
+    moved_xs: list[Tensor] = []
+    moved_rows: list[Tensor] = []
+    for at in range(len(xs)):
+        shared = rows_of[at].shape[0] > 0
+        moved_xs.append(xs[at] if shared else xs[at].index_select(0, order_B))
+        moved_rows.append(rows_of[at].index_select(0, order_B) if shared else rows_of[at])
+    return moved_xs, moved_rows, [label.index_select(0, order_B) for label in labels], order_B, live
+
+
+def put_back(
+    logits_B2: Tensor, grads_x: list[Tensor], rows_of: list[Tensor], order_B: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """What `idle_last` moved, where it was."""
+    if order_B.shape[0] == 0:
+        return logits_B2, grads_x
+    out: list[Tensor] = []
+    for at in range(len(grads_x)):
+        grad = grads_x[at]
+        moved = rows_of[at].shape[0] == 0 and grad.shape[1] > 0
+        out.append(torch.empty_like(grad).index_copy_(0, order_B, grad) if moved else grad)
+    return torch.empty_like(logits_B2).index_copy_(0, order_B, logits_B2), out
+
+
 def zeros(
     xs: list[Tensor], rows_of: list[Tensor], first: list[Tensor], embedded: list[int]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

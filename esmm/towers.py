@@ -9,6 +9,8 @@ and divided by the batch's count of rows at the end. The first layer is linear, 
 summed before the products. With ``precision`` bfloat16 operands are rounded to it and products are summed in float32
 within a chunk; weights, optimiser and output layer stay float32.
 
+Matured rows teach the towers nothing, under most methods: they go up only.
+
 Shape suffixes: B rows, U distinct rows of one source, D its input columns, E those that are embeddings, C a chunk of
 rows, T hidden of both towers, K rows that the heads are asked about, N as `Numbers`.
 """
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from esmm import chunks
-from esmm.batch import Examples, FeatureBlock, Int64
+from esmm.batch import Examples, FeatureBlock, Int64, Kind
 from esmm.delay import Beliefs, Method, WeightsOf, fake_negative, head_targets, sample_classes
 from esmm.features import SOURCES, DenseFeat
 from esmm.graphs import Graph, as_tensor, as_written, scripted, traced
@@ -132,6 +134,7 @@ class HandTowers:
         of = [[c for c in columns if c.source == source and not isinstance(c, DenseFeat)] for source in SOURCES]
         self._embedded = [sum(c.dim for c in some) for some in of]
         self._asked = 0 if not method.needs_heads else 2 if method.needs_dp else 1
+        self._idle = -1 if method.learns_matured else int(Kind.MATURED)  # rows that teach no tower anything
         self._bf16 = precision == "bfloat16"
         self._step = _step_of(method.weights)
 
@@ -159,7 +162,7 @@ class HandTowers:
                 self._heads,
                 tuple([_gradients(some) for some in self._heads]),
                 flat,
-                (self._asked, *rule),
+                (self._asked, self._idle, *rule),
                 (self._bf16, CHUNK_ROWS),
             )
         return Passed(*out)
@@ -234,12 +237,13 @@ def _step_of(weights: WeightsOf) -> Graph:
         head: tuple[list[Tensor], list[Tensor]],
         head_grads: tuple[list[Tensor], list[Tensor]],
         flat: tuple[Tensor, Tensor],
-        rule: tuple[int, bool, float, float],
+        rule: tuple[int, int, bool, float, float],
         how: tuple[bool, int],
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        asked, instead, shift, full = rule
+        asked, idle, instead, shift, full = rule
         for grad_P in flat:
             grad_P.zero_()
+        xs, rows_of, labels, order_B, live = chunks.idle_last(xs, rows_of, labels, idle)
         kind, click, conversion, observed = labels[0], labels[1].float(), labels[2].float(), labels[3].float()
         rows, chunk = kind.shape[0], how[1]
         belief_2B, head_sums = torch.full((2, rows), 0.5), torch.zeros(5)
@@ -253,8 +257,12 @@ def _step_of(weights: WeightsOf) -> Graph:
         shared = chunks.products(xs, rows_of, first, biases[0])
         first_grads, sums, grads_x = chunks.zeros(xs, rows_of, first, embedded)
         logits_B2, facts_4 = torch.empty(rows, 2), torch.zeros(4)
-        for start in range(0, rows, chunk):
+        for start in range(live, rows, chunk):
             stop = min(start + chunk, rows)
+            hidden = chunks.up(xs, rows_of, first, shared, later, biases, start, stop)
+            chunks.out(hidden, tower[0], tower[2][0], logits_B2[start:stop])
+        for start in range(0, live, chunk):
+            stop = min(start + chunk, live)
             hidden = chunks.up(xs, rows_of, first, shared, later, biases, start, stop)
             logits_C2 = logits_B2[start:stop]
             chunks.out(hidden, tower[0], tower[2][0], logits_C2)
@@ -274,6 +282,7 @@ def _step_of(weights: WeightsOf) -> Graph:
         for grad in [flat[0]] + grads_x:  # noqa: RUF005  TorchScript knows no star here
             grad.mul_(scale)
         own = [facts_4[0] * scale, flat[0].norm(), flat[1].norm(), facts_4[1] + facts_4[3], facts_4[1]]
+        logits_B2, grads_x = chunks.put_back(logits_B2, grads_x, rows_of, order_B)
         return logits_B2, grads_x, torch.cat([torch.stack(own), head_sums])
 
     return scripted(step)
