@@ -9,13 +9,14 @@ from itertools import count
 import numpy as np
 
 from esmm.batch import FeatureBlock, Kind
+from stream_scorer.core.codec import encode_feedback
 from stream_scorer.core.emit import Emission
-from stream_scorer.core.heard import Heard
+from stream_scorer.core.heard import hear
 from stream_scorer.core.inbox import Inbox
 from stream_scorer.core.join import Joiner
 from stream_scorer.core.join_entry import JoinPolicy
 from stream_scorer.core.messages import Feedback
-from stream_scorer.core.records import TopicPartition
+from stream_scorer.core.records import Position, Record, TopicPartition
 from stream_scorer.core.served import Candidates, ServedRequest, pack_features
 from stream_scorer.core.watermark import Watermark, WatermarkPolicy
 
@@ -49,6 +50,13 @@ def served_request(request_id: str, ts: int, items: tuple[str, ...] = ("i0", "i1
     )
 
 
+def page(request_id: str, ts: int, items: list[str]) -> Feedback:
+    """Several impressions in one message."""
+    return Feedback(
+        event_id=f"e{next(_numbers)}", kind="impression", request_id=request_id, user_id="u", items=items, ts=ts
+    )
+
+
 def feedback(kind: str, request_id: str, ts: int, item: str = "i0") -> Feedback:
     """One event."""
     return Feedback(
@@ -65,15 +73,20 @@ def joiner(policy: JoinPolicy, store, lateness_ms: int = 0) -> Joiner:
 
 def send(join: Joiner, event: ServedRequest | Feedback) -> None:
     """To the right door."""
-    if isinstance(event, Feedback):
-        join.feedback(Heard(event.kind, event.request_id, event.item_id, event.ts), FEEDBACK, event.ts)
-    else:
-        join.served(event, SERVED, event.ts_ms)
+    assert join.take_in(join.arrivals(inbox([event])), 1 << 60) in (
+        None,
+        event.ts if isinstance(event, Feedback) else event.ts_ms,
+    )
 
 
 def inbox(events: Sequence[ServedRequest | Feedback]) -> Inbox:
     """As one turn of the trainer; records have the time of their events."""
-    heard = [Heard(e.kind, e.request_id, e.item_id, e.ts) if isinstance(e, Feedback) else e for e in events]
+    heard = [
+        hear(Record(Position("feedback", 0, 0), None, encode_feedback(e), (), e.ts, 0))
+        if isinstance(e, Feedback)
+        else e
+        for e in events
+    ]
     where = [FEEDBACK if isinstance(e, Feedback) else SERVED for e in events]
     times = [event.ts_ms for event in heard]
     return Inbox(heard, where, times, times, [])
@@ -98,7 +111,7 @@ def brute_force(policy: JoinPolicy, served: list[ServedRequest], events: list[Fe
     out: Counter[tuple[object, ...]] = Counter()
     for request in {s.request_id: s for s in reversed(served)}.values():
         for item in request.items:
-            mine = [e for e in events if e.request_id == request.request_id and e.item_id == item]
+            mine = [e for e in events if e.request_id == request.request_id and item in (e.item_id, *e.items)]
             impression, click, conversion = (
                 min((e.ts for e in mine if e.kind == kind), default=None)
                 for kind in ("impression", "click", "conversion")

@@ -89,7 +89,7 @@ def decode_feedback(record: Record, max_bytes: int = 100_000) -> Feedback | Reje
 
 def encode_feedback(feedback: Feedback) -> bytes:
     """JSON that `decode_feedback` reads back to an equal value."""
-    return feedback.model_dump_json().encode()
+    return feedback.model_dump_json(exclude={"item_id"} if feedback.items else {"items"}).encode()
 
 
 def encode_request(request: ScoreRequest) -> bytes:

@@ -6,7 +6,7 @@ what the one before cannot do:
 - alike: all messages have the first one's order of fields and punctuation, as one producer writes them. Then no JSON is
   parsed: quotes are found in all of them at once, what lies between values is compared, and values are cut out.
 - plain: exactly the known fields, each of its type and within its bounds. Parsed together as one JSON array.
-- each message by itself; what is not plain is refused or accepted by `codec.decode_feedback`.
+- each message by itself, pages among them; what is not plain is refused or accepted by `codec.decode_feedback`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from orjson import JSONDecodeError, loads
 
 from esmm.batch import Int64
 from stream_scorer.core.codec import decode_feedback
+from stream_scorer.core.messages import MAX_PAGE
 from stream_scorer.core.records import Record
 from stream_scorer.core.rejects import Reject
 
 KINDS: Final = frozenset(("impression", "click", "conversion"))
 PLAIN_BYTES: Final = 256  # no longer, so that no id in it is longer than `messages.Id` allows
+PAGE_BYTES: Final = 100_000
 END_MS: Final = 1 << 53
+_PAGE: Final = b'"items"'
 _FIELDS: Final = 6
 _OPEN, _CLOSE, _QUOTE, _SPACE, _ZERO = b'{}" 0'
 _NINE: Final = 9
@@ -36,6 +39,7 @@ _MOST_DIGITS: Final = 16
 _NUMBER: Final = re.compile(rb'"ts"\s*:\s*(\d+)')
 _heard_fields = itemgetter("kind", "request_id", "item_id", "ts")
 _other_fields = itemgetter("event_id", "user_id")
+_page_fields = itemgetter("kind", "request_id", "items", "ts")
 
 
 class Heard(NamedTuple):
@@ -47,12 +51,30 @@ class Heard(NamedTuple):
     ts_ms: int
 
 
+class Page(NamedTuple):
+    """Candidates of one request that were shown at once: an impression of each."""
+
+    request_id: str
+    items: list[str]  # each once
+    ts_ms: int
+
+
 _heard = partial(tuple.__new__, Heard)  # a fifth of what the constructor costs
 
 
-def hear_all(records: Sequence[Record]) -> list[Heard | Reject]:
+def hear_all(records: Sequence[Record]) -> list[Heard | Page | Reject]:
     """Read and check feedback messages, in order."""
     values = [record.value or b"" for record in records]
+    if _PAGE not in b",".join(values):
+        return _hear_single(records, values)
+    is_page = [_PAGE in value for value in values]
+    single = [at for at, it_is in enumerate(is_page) if not it_is]
+    heard = iter(_hear_single([records[at] for at in single], [values[at] for at in single]))
+    return [hear(record) if it_is else next(heard) for record, it_is in zip(records, is_page, strict=True)]
+
+
+def _hear_single(records: Sequence[Record], values: list[bytes]) -> list[Heard | Page | Reject]:
+    """Messages of one candidate each."""
     sizes = list(map(len, values))
     found = None
     if values and max(sizes) <= PLAIN_BYTES and min(sizes) > 0:
@@ -61,19 +83,47 @@ def hear_all(records: Sequence[Record]) -> list[Heard | Reject]:
     return [hear(record) for record in records] if found is None else found
 
 
-def hear(record: Record) -> Heard | Reject:
+def hear(record: Record) -> Heard | Page | Reject:
     """Read and check one feedback message."""
-    value = record.value
-    if value and len(value) <= PLAIN_BYTES:
-        try:
-            message = loads(value)
-            heard, others = _heard(_heard_fields(message)), _other_fields(message)
-        except (JSONDecodeError, KeyError, TypeError):
-            heard, others = None, ()
-        if heard is not None and _is_plain([message], [heard], [others]):
-            return heard
+    value = record.value or b""
+    found = _page(value) if _PAGE in value else _single(value)
+    if found is not None:
+        return found
     event = decode_feedback(record)
-    return event if isinstance(event, Reject) else Heard(event.kind, event.request_id, event.item_id, event.ts)
+    if isinstance(event, Reject):
+        return event
+    if event.items:
+        return Page(event.request_id, event.items, event.ts)
+    return Heard(event.kind, event.request_id, event.item_id, event.ts)
+
+
+def _single(value: bytes) -> Heard | None:
+    """A plain message of one candidate."""
+    if not value or len(value) > PLAIN_BYTES:
+        return None
+    try:
+        message = loads(value)
+        heard, others = _heard(_heard_fields(message)), _other_fields(message)
+    except (JSONDecodeError, KeyError, TypeError):
+        return None
+    return heard if _is_plain([message], [heard], [others]) else None
+
+
+def _page(value: bytes) -> Page | None:
+    """A plain message of several candidates."""
+    try:
+        message = loads(value)
+        kind, request_id, items, ts = _page_fields(message)
+        ids = (request_id, *_other_fields(message), *items)
+    except (JSONDecodeError, KeyError, TypeError):
+        return None
+    if kind != "impression" or type(items) is not list or not 0 < len(set(map(str, items))) == len(items) <= MAX_PAGE:
+        return None
+    if type(ts) is not int or not 0 <= ts < END_MS or len(value) > PAGE_BYTES or not _nothing_else(message):
+        return None
+    if set(map(type, ids)) != {str} or not all(ids) or max(map(len, ids)) > PLAIN_BYTES:
+        return None
+    return Page(request_id, items, ts)
 
 
 class _Pattern(NamedTuple):

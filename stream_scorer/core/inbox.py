@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
-from stream_scorer.core.heard import Heard, hear_all
+from stream_scorer.core.heard import Heard, Page, hear_all
 from stream_scorer.core.merge import Taken
 from stream_scorer.core.records import TopicPartition
 from stream_scorer.core.rejects import Reject
 from stream_scorer.core.served import ServedLayout, ServedRequest
 from stream_scorer.core.served_read import decode_all
 
-Event = ServedRequest | Heard
+Event = ServedRequest | Heard | Page
 
 
 class Inbox(NamedTuple):

@@ -26,10 +26,9 @@ from typing import Any, Final
 
 from esmm.batch import Kind
 from stream_scorer.core.emit import Emission
-from stream_scorer.core.heard import Heard
+from stream_scorer.core.heard import Heard, Page
 from stream_scorer.core.inbox import Event, Inbox
 from stream_scorer.core.join_entry import NEVER, NONE, Entry, JoinPolicy, JoinStore, Row, Stage, earliest
-from stream_scorer.core.records import TopicPartition
 from stream_scorer.core.served import ServedRequest
 from stream_scorer.core.watermark import Watermark
 
@@ -37,7 +36,6 @@ Arrival = tuple[Event, int, int]  # and the watermark after it, and its record's
 _COUNTS: Final = ("held", "open_impressions", "open_clicks")
 _WAITING, _OPEN, _UNCLICKED = int(Stage.WAITING), int(Stage.OPEN), int(Stage.UNCLICKED)  # plain numbers compare faster
 _SETTLED: Final = frozenset((_WAITING, _UNCLICKED))  # nothing is left to wait for when the request is forgotten
-_KINDS: Final = ("impression", "click", "conversion")
 
 
 class Joiner:
@@ -127,7 +125,10 @@ class Joiner:
                     hear(event, entry)
                     next_due_ms = store.next_due_ms()
             else:
-                serve(event)
+                if isinstance(event, Page):
+                    self._show(event)
+                else:
+                    serve(event)
                 next_due_ms = store.next_due_ms()
             self.now_ms = watermark_ms
             if next_due_ms < watermark_ms:
@@ -144,17 +145,6 @@ class Joiner:
     def _note_shown(self, rows: int) -> None:
         self.open_impressions += rows
         self.outcomes["impression"] += rows
-
-    def served(self, request: ServedRequest, partition: TopicPartition, record_ms: int) -> None:
-        """One request as it was scored; ``record_ms`` is the broker's time of its record."""
-        self._take_one(request, partition, request.ts_ms, record_ms)
-
-    def feedback(self, event: Heard, partition: TopicPartition, record_ms: int) -> None:
-        """One impression, click or conversion."""
-        self._take_one(event, partition, event.ts_ms, record_ms)
-
-    def _take_one(self, event: Event, partition: TopicPartition, event_ms: int, record_ms: int) -> None:
-        self.take_in(self.arrivals(Inbox([event], [partition], [event_ms], [record_ms], [])), NEVER)
 
     def _serve(self, request: ServedRequest) -> None:
         entry = self._store.get(request.request_id)
@@ -179,7 +169,7 @@ class Joiner:
         for item, row in list(entry.rows.items()):
             index = entry.find(item)
             if index is None:
-                self.outcomes["item_not_served"] += row.events
+                self.outcomes["item_not_served"] += len(row.kinds)
                 del entry.rows[item]
                 continue
             row.index = index
@@ -214,6 +204,23 @@ class Joiner:
         else:
             self.outcomes["duplicate"] += 1
         self._keep(event.request_id, entry, row.due_ms if entry.armed_ms != NEVER else self._next_due_ms(entry))
+
+    def _show(self, page: Page) -> None:
+        """An impression of each of its items; most are of served candidates that nothing was heard of before."""
+        request_id, items, ts = page
+        entry = self._store.get(request_id)
+        new: set[str] = set()
+        if entry is not None and not entry.closed and ts <= entry.expires_ms:
+            known = entry.rows.keys() | entry.shown.keys() | entry.passed.keys()
+            new = {item for item in items if item not in known and entry.find(item) is not None}
+            if new:
+                entry.shown.update((item, ts) for item in items if item in new)
+                self._note_shown(len(new))
+                self._keep(request_id, entry, self.policy.at_tick(ts + self._first_ms))
+        if len(new) < len(items):
+            for item in items:
+                if item not in new:
+                    self._hear(Heard("impression", request_id, item, ts), self._store.get(request_id))
 
     def _as_row(self, entry: Entry, item: str) -> Row | None:
         """More is heard of a candidate of which only the impression was known."""
@@ -321,6 +328,8 @@ class Joiner:
             entry.shown = {item: ts for item, ts in entry.shown.items() if ts > shown_by_ms}
         else:
             entry.shown = {}
+        if not due:
+            return
         self._out.append(Emission(served, [places[item] for item in due], Kind.FIRST, 0, 0, 0, list(due.values())))
         self.open_impressions -= len(due)
         if not entry.closed:
@@ -376,23 +385,15 @@ class Joiner:
         served = entry.served
         if served is None:
             self.held -= 1
-            for row in entry.rows.values():
-                self._count_unheard(row, "expired_")
+            self.outcomes.update(f"expired_{kind}" for row in entry.rows.values() for kind in row.kinds)
             entry.rows.clear()
             return
         waiting = [row for row in entry.rows.values() if row.stage == _WAITING]
         heard = len(entry.rows) + len(entry.shown) + len(entry.passed)
         self.outcomes["never_shown"] += len(served.items) - heard + len(waiting)
-        for row in waiting:
-            self._count_unheard(row, "")
+        self.outcomes.update(f"{kind}_without_impression" for row in waiting for kind in row.kinds)
         entry.passed = {}
         if entry.rows:
             entry.rows = {item: row for item, row in entry.rows.items() if row.stage not in _SETTLED}
         if entry.rows or entry.shown:
             entry.narrow([*entry.rows, *entry.shown])
-
-    def _count_unheard(self, row: Row, prefix: str) -> None:
-        suffix = "" if prefix else "_without_impression"
-        for kind, ts in zip(_KINDS, (row.impression_ms, row.click_ms, row.conversion_ms), strict=True):
-            if ts != NONE:
-                self.outcomes[f"{prefix}{kind}{suffix}"] += 1

@@ -88,9 +88,10 @@ class Row:
         self.due_ms = due_ms
 
     @property
-    def events(self) -> int:
-        """Kinds of events heard."""
-        return (self.impression_ms != NONE) + (self.click_ms != NONE) + (self.conversion_ms != NONE)
+    def kinds(self) -> list[str]:
+        """Kinds of events heard of."""
+        times = {"impression": self.impression_ms, "click": self.click_ms, "conversion": self.conversion_ms}
+        return [kind for kind, ts in times.items() if ts != NONE]
 
 
 def earliest(seen_ms: int, ts_ms: int) -> int:

@@ -5,15 +5,16 @@ Times are integer milliseconds since the epoch. All topics are keyed by ``user_i
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
 Millis = Annotated[int, Field(ge=0, lt=1 << 53)]
 Number = float | int
 ContextValue = Number | list[Number]
 SCHEMA_VERSION = 1
+MAX_PAGE = 1_000  # candidates that one impression may name
 
 
 class _Wire(BaseModel):
@@ -61,12 +62,34 @@ class ScoreMessage(_Wire):
 
 
 class Feedback(_Wire):
-    """Topic ``feedback``: what a user did with one scored candidate."""
+    """Topic ``feedback``: what a user did with one scored candidate, ``item_id``.
+
+    An impression may name all candidates of a page that were shown at once, in ``items`` and not in ``item_id``: one
+    message in place of many, which is what a busy trainer spends its time on.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["item_id"], "properties": {"items": False}},
+                {"required": ["items"], "properties": {"item_id": False, "kind": {"const": "impression"}}},
+            ]
+        }
+    )
 
     event_id: Id
     kind: Literal["impression", "click", "conversion"]
     request_id: Id
     user_id: Id
-    item_id: Id
+    item_id: Id = ""
+    items: Annotated[list[Id], Field(min_length=1, max_length=MAX_PAGE)] = Field(default_factory=list)
     ts: Millis
     schema_version: Literal[1] = 1
+
+    @model_validator(mode="after")
+    def _one_or_many(self) -> Self:
+        if bool(self.item_id) == bool(self.items):
+            raise ValueError("either item_id or items")
+        if self.items and (self.kind != "impression" or len(set(self.items)) < len(self.items)):
+            raise ValueError("items are of an impression, each once")
+        return self

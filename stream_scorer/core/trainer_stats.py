@@ -57,7 +57,9 @@ class TrainerStats:
     holds: Mapping[str, int] = field(default_factory=dict)  # gate holds by reason
     gate: Mapping[str, float] = field(default_factory=dict)  # numbers of the last decision
     alarm: str = ""  # why nothing is learned now
-    embedding_rows: Mapping[str, int] = field(default_factory=dict)  # admitted, evicted; empty: all are trained for good
+    embedding_rows: Mapping[str, int] = field(
+        default_factory=dict
+    )  # admitted, evicted; empty: all are trained for good
     open_requests: int = 0
     open_impressions: int = 0
     open_clicks: int = 0

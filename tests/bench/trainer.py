@@ -89,6 +89,7 @@ class Stream:
     requests: int
     gap_ms: int = 1
     seed: int = 0
+    pages: bool = False  # one message for all impressions of a request
 
     def records(self) -> list[Record]:
         """In order of record time: what a trainer that keeps up reads."""
@@ -111,7 +112,15 @@ class Stream:
             partition, name = user % PARTITIONS, f"request-{number:08d}"
             yield ts + 5, "served", partition, self._served(rng, blocks, layout, name, user, items, ts)
             order = rng.choice(CANDIDATES, SHOWN, replace=False).tolist()
+            if self.pages:
+                page = Feedback(
+                    event_id=f"{name}-page", kind="impression", request_id=name, user_id=f"user-{user}",
+                    items=[items[place] for place in order], ts=ts + 50,
+                )  # fmt: skip
+                yield ts + 50, "feedback", partition, encode_feedback(page)
             for place, kind, at_ms in self._behaviour(rng, order, ts):
+                if self.pages and kind == "impression":
+                    continue
                 event = Feedback(
                     event_id=f"{name}-{place}-{kind}", kind=kind, request_id=name, user_id=f"user-{user}",
                     item_id=items[place], ts=at_ms,
@@ -120,7 +129,7 @@ class Stream:
 
     def _behaviour(self, rng: Any, order: list[int], ts: int) -> Iterator[tuple[int, Any, int]]:
         for rank, place in enumerate(order):
-            shown = ts + 50 + RANK_MS * rank
+            shown = ts + 50 + (0 if self.pages else RANK_MS * rank)
             yield place, "impression", shown
             if rng.random() < 0.1:
                 click = shown + int(rng.integers(1, 1_400))
@@ -207,9 +216,9 @@ class NoLearner:
         (directory / "manifest.json").write_text("{}")
 
 
-def learner_for(model: str, features: FeatureSchema, precision: Any) -> Learner:
+def learner_for(model: str, features: FeatureSchema, precision: Any, keep: float) -> Learner:
     towers = (8,) if model == "tiny" else (256, 128)
-    return Learner(ESMM(features, towers, init_std=0.01), LearnerConfig(precision=precision), lambda *_: None)
+    return Learner(ESMM(features, towers, init_std=0.01), LearnerConfig(precision=precision, negative_keep=keep), lambda *_: None)
 
 
 def run(model: str, records: Sequence[Record], args: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -222,7 +231,7 @@ def run(model: str, records: Sequence[Record], args: argparse.Namespace, folder:
         batch_rows=args.rows, overlap=args.overlap, publish_every_s=1e9, checkpoint_every_s=1e9, idle_wait_s=0.0, linger_s=0.0,
     )  # fmt: skip
     state = MemoryJoinState() if args.state == "memory" else RocksJoinState(folder / "rocks")
-    learner: Any = NoLearner() if args.join_only else learner_for(model, features, args.precision)
+    learner: Any = NoLearner() if args.join_only else learner_for(model, features, args.precision, args.keep)
     source = MemorySource(records)
     ports = TrainerPorts(
         source=source, sink=FakeSink(), learner=learner, store=DirectoryStore(folder / "models"), open_version=lambda _: learner,
@@ -262,12 +271,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--join-only", action="store_true")
     parser.add_argument("--overlap", action="store_true", help="learn in a thread beside the join")
+    parser.add_argument("--pages", action="store_true", help="one message for all impressions of a request")
+    parser.add_argument("--keep", type=float, default=1.0, help="trainer.negative_keep")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path, default=OUT)
     args = parser.parse_args()
     runtime.settle(runtime.JOINING)
     models = args.model or ["speed", "columns"]
-    streams = {model: Stream(schema(model), args.requests).records() for model in models}
+    streams = {model: Stream(schema(model), args.requests, pages=args.pages).records() for model in models}
     found: dict[str, list[dict[str, float]]] = {model: [] for model in models}
     for _ in range(args.repeats):
         for model in models:
@@ -279,6 +290,8 @@ def main() -> None:
         "state": args.state,
         "join_only": args.join_only,
         "overlap": args.overlap,
+        "pages": args.pages,
+        "negative_keep": args.keep,
         "precision": args.precision,
         "models": {},
     }

@@ -20,7 +20,7 @@ from stream_scorer.core.join_entry import JoinPolicy
 from stream_scorer.core.messages import Feedback
 from stream_scorer.core.outcomes import Outcome
 from stream_scorer.core.served import ServedRequest
-from tests.join_kit import brute_force, feedback, inbox, joiner, rows_in_order, rows_of, send, served_request
+from tests.join_kit import brute_force, feedback, inbox, joiner, page, rows_in_order, rows_of, send, served_request
 
 POLICY = JoinPolicy(
     click_window_ms=20, observation_window_ms=30, attribution_window_ms=100, served_ttl_ms=60, held_ttl_ms=50
@@ -75,6 +75,15 @@ class JoinMachine(RuleBasedStateMachine):
             send(self.join, event)
         self.out += self.join.take()
 
+    @rule(
+        request=REQUESTS, items=st.lists(ITEMS, min_size=1, max_size=2, unique=True), delta=st.integers(-LATENESS, 40)
+    )
+    def see(self, request: str, items: list[str], delta: int) -> None:
+        self._before(request)
+        self.events.append(page(request, self._time(delta), items))
+        send(self.join, self.events[-1])
+        self.out += self.join.take()
+
     @rule(after=st.integers(0, 60))
     def quiet(self, after: int) -> None:
         self.newest += after
@@ -97,7 +106,7 @@ class JoinMachine(RuleBasedStateMachine):
             return
         self.join.advance(self.newest + 100_000)
         assert rows_of(self.out + self.join.take()) == brute_force(self.policy, self.served, self.events)
-        check_accounts(self.join, self.store, len(self.served), len(self.events))
+        check_accounts(self.join, self.store, len(self.served), sum(max(1, len(e.items)) for e in self.events))
         self.store.close()
 
 

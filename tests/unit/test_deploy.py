@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from esmm.features import FeatureSchema
 from stream_scorer.cli import app
 from stream_scorer.core import metric_names
-from stream_scorer.core.join import Outcome
 from stream_scorer.core.metric_names import ALL, Metric
+from stream_scorer.core.outcomes import Outcome
 from stream_scorer.embedded.market_features import MARKET_TOML
 from stream_scorer.embedded.plan import DemoPlan
 from stream_scorer.settings import Settings, load

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stream_scorer.core import heard
 from stream_scorer.core.codec import decode_feedback, encode_feedback
-from stream_scorer.core.heard import KINDS, Heard, hear, hear_all
+from stream_scorer.core.heard import KINDS, Heard, Page, hear, hear_all
 from stream_scorer.core.messages import Feedback
 from stream_scorer.core.records import Position, Record
 from stream_scorer.core.rejects import Reject
@@ -38,6 +38,51 @@ def same(value: bytes | None) -> object:
         assert [getattr(short, n) for n in names] == [getattr(long, n) for n in names]
         assert short.ts_ms == long.ts
     return short
+
+
+PAGE = {name: value for name, value in GOOD.items() if name != "item_id"} | {
+    "kind": "impression",
+    "items": ["i1", "i2"],
+}
+
+
+def test_a_page_is_an_impression_of_each_of_its_items():
+    assert hear(record(orjson.dumps(PAGE))) == Page("r1", ["i1", "i2"], GOOD["ts"])
+    assert hear(record(orjson.dumps(PAGE | {"schema_version": 1}))) == Page("r1", ["i1", "i2"], GOOD["ts"])
+    assert encode_feedback(Feedback(**PAGE)).count(b"item") == 1
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*GOOD, "items", "schema_version", "more"]),
+        st.one_of(VALUES, st.lists(st.one_of(VALUES, st.text(min_size=1, max_size=3)), max_size=3)),
+        max_size=3,
+    )
+)
+@settings(deadline=None)
+def test_any_page_is_read_or_refused_alike(changed):
+    value = orjson.dumps(PAGE | changed)
+    long = decode_feedback(record(value))
+    short = hear(record(value))
+    if isinstance(long, Reject):
+        assert short == long
+    elif long.items:
+        assert short == Page(long.request_id, long.items, long.ts)
+    else:
+        assert short == Heard(long.kind, long.request_id, long.item_id, long.ts)
+
+
+def test_pages_among_other_messages_keep_their_place():
+    values = [
+        orjson.dumps(GOOD),
+        orjson.dumps(PAGE),
+        b"?",
+        orjson.dumps(GOOD | {"item_id": "i9"}),
+        orjson.dumps(PAGE | {"ts": -1}),
+    ]
+    got = hear_all([record(value) for value in values])
+    assert got == [hear(record(value)) for value in values]
+    assert [type(one) for one in got] == [Heard, Page, Reject, Heard, Reject]
 
 
 def test_a_plain_message_takes_the_short_way():
