@@ -109,7 +109,8 @@ def compare(world: World) -> Iterator[dict[str, object]]:
 
 
 def improvements(found: dict[str, float], low: dict[str, float], high: dict[str, float]) -> dict[str, float]:
-    return {f"ri_{m}": relative_improvement(found[m], low[m], high[m]) for m in ("auc", "pr_auc", "nll")}
+    """RI in %; + 0.0 makes a negative zero positive."""
+    return {f"ri_{m}": relative_improvement(found[m], low[m], high[m]) + 0.0 for m in ("auc", "pr_auc", "nll")}
 
 
 def line(row: dict[str, object]) -> str:
