@@ -131,6 +131,26 @@ def out(hidden: list[Tensor], weights: list[Tensor], bias: Tensor, logits_C2: Te
     logits_C2 += bias
 
 
+def ascend(
+    xs: list[Tensor],
+    rows_of: list[Tensor],
+    first: list[Tensor],
+    shared: list[Tensor],
+    later: list[Tensor],
+    biases: list[Tensor],
+    tower: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    logits_B2: Tensor,
+    begin: int,
+    chunk: int,
+) -> None:
+    """The logits of the rows from ``begin`` on, of which nothing is learned."""
+    rows = logits_B2.shape[0]
+    for start in range(begin, rows, chunk):
+        stop = min(start + chunk, rows)
+        hidden = up(xs, rows_of, first, shared, later, biases, start, stop)
+        out(hidden, tower[0], tower[2][0], logits_B2[start:stop])
+
+
 def down(
     hidden: list[Tensor],
     grad_2C: Tensor,
@@ -226,6 +246,15 @@ def finish(
         half = first_grads[at].shape[0] // 2
         grads[0][0].index_add_(1, columns[at], first_grads[at][:half])
         grads[0][1].index_add_(1, columns[at], first_grads[at][half:])
+
+
+def averaged(grad_P: Tensor, grads_x: list[Tensor], first: Tensor, weighted: Tensor) -> Tensor:
+    """Sums over rows -> means as `esmm.loss.entire_space_loss` takes them, in place; the factor."""
+    scale = 1.0 / torch.maximum(first, weighted / 2).clamp(min=1.0)
+    grad_P.mul_(scale)
+    for grad_UE in grads_x:
+        grad_UE.mul_(scale)
+    return scale
 
 
 def through_relu(d_CH: Tensor, h_CH: Tensor) -> None:

@@ -196,10 +196,7 @@ def _logits(
     xs, first, later, biases = chunks.ready(xs, columns, tower, bf16)
     shared = chunks.products(xs, rows_of, first, biases[0])
     logits_B2 = torch.empty(rows, 2)
-    for start in range(0, rows, chunk):
-        stop = min(start + chunk, rows)
-        hidden = chunks.up(xs, rows_of, first, shared, later, biases, start, stop)
-        chunks.out(hidden, tower[0], tower[2][0], logits_B2[start:stop])
+    chunks.ascend(xs, rows_of, first, shared, later, biases, tower, logits_B2, 0, chunk)
     return logits_B2
 
 
@@ -257,10 +254,7 @@ def _step_of(weights: WeightsOf) -> Graph:
         shared = chunks.products(xs, rows_of, first, biases[0])
         first_grads, sums, grads_x = chunks.zeros(xs, rows_of, first, embedded)
         logits_B2, facts_4 = torch.empty(rows, 2), torch.zeros(4)
-        for start in range(live, rows, chunk):
-            stop = min(start + chunk, rows)
-            hidden = chunks.up(xs, rows_of, first, shared, later, biases, start, stop)
-            chunks.out(hidden, tower[0], tower[2][0], logits_B2[start:stop])
+        chunks.ascend(xs, rows_of, first, shared, later, biases, tower, logits_B2, live, chunk)
         for start in range(0, live, chunk):
             stop = min(start + chunk, live)
             hidden = chunks.up(xs, rows_of, first, shared, later, biases, start, stop)
@@ -278,9 +272,7 @@ def _step_of(weights: WeightsOf) -> Graph:
             d_CT = chunks.down(hidden, grad_2C, later, tower[0], grads)
             chunks.into_inputs(xs, rows_of, d_CT, first, first_grads, sums, grads_x, grads[1], start)
         chunks.finish(xs, rows_of, columns, first, first_grads, sums, grads_x, grads, chunk)
-        scale = 1.0 / torch.maximum(facts_4[1], facts_4[2] / 2).clamp(min=1.0)
-        for grad in [flat[0]] + grads_x:  # noqa: RUF005  TorchScript knows no star here
-            grad.mul_(scale)
+        scale = chunks.averaged(flat[0], grads_x, facts_4[1], facts_4[2])
         own = [facts_4[0] * scale, flat[0].norm(), flat[1].norm(), facts_4[1] + facts_4[3], facts_4[1]]
         logits_B2, grads_x = chunks.put_back(logits_B2, grads_x, rows_of, order_B)
         return logits_B2, grads_x, torch.cat([torch.stack(own), head_sums])
