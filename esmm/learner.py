@@ -294,6 +294,10 @@ class Learner:
         own = {"method": self.method.name, "ctcvr_correction": correction}
         self._write_version(directory, self.model, {**manifest, **own, **self._admission.facts()})
 
+    def finite(self) -> bool:
+        """Whether everything that `save` would write is: `restore` refuses what is not."""
+        return all(bool(torch.isfinite(t).all()) for t in self._state().values() if t.is_floating_point())
+
     def save(self, directory: Path) -> None:
         """Write weights, optimiser and auxiliary state for an exact restart into an existing directory, fsynced."""
         write_state(directory, self._state(), self._numbers())

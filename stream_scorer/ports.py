@@ -183,6 +183,10 @@ class Learner(Protocol):
         """Embedding rows ``admitted`` to training and ``evicted`` from it, ever; empty when all are trained."""
         ...
 
+    def finite(self) -> bool:
+        """Whether everything that `save` would write is: what is not may not be restored."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Write weights, optimiser and auxiliary state for an exact restart into an existing directory."""
         ...

@@ -179,6 +179,9 @@ class TinyLearner:
         self.seen.append(examples.rows)
         return StepStats(examples.rows, int(first.sum()), 0.0, ctr_B, ctcvr_B, bool(np.isfinite(self.weights).all()))
 
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.weights).all())
+
     def embedding_rows(self) -> dict[str, int]:
         return {}
 

@@ -7,7 +7,7 @@ its end, and all others too, or it has been silent for ``idle_after_s``.
 So for data that is in the topics already (a replay, or what a restarted trainer reads again) the order is a function
 of the data alone, however slowly a partition is fetched. At the live end of a stream it is that of arrival within the
 waiting time. Two things end the waiting for a partition that has more, and are counted, for then the order depends on
-luck: silence of ``stall_after_s``, and more than ``max_buffered`` records waiting. Time is a parameter.
+luck: silence of ``stall_after_s``, and ``max_buffered`` records waiting. Time is a parameter.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Merge:
     """Push what was polled, take what is in order."""
 
     def __init__(self, idle_after_s: float, max_buffered: int, stall_after_s: float = 30.0) -> None:
-        """Above ``max_buffered`` records nothing empty is waited for."""
+        """From ``max_buffered`` records on nothing empty is waited for."""
         self.impatient = 0  # times that a partition was not waited for although it may have had more
         self._idle_after_s, self._stall_after_s = idle_after_s, stall_after_s
         self._max_buffered = max_buffered
@@ -122,6 +122,7 @@ class Merge:
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Take over `state`, before the first push."""
+        self._newest_ms = {}
         for name, newest_ms in state.items():
             topic, _, number = name.rpartition("/")
             self._newest_ms[TopicPartition(topic, int(number))] = newest_ms

@@ -338,6 +338,8 @@ class Trainer:
             raise FatalError("rejects were not acknowledged in time")
         if self._reject_error is not None:
             raise FatalError(f"a reject could not be written: {self._reject_error}")
+        if not ports.learner.finite():
+            self._heal()
         self._tally.checkpoints += 1
         arrays = to_arrays("pending", self._pending.snapshot()) | self._publisher.arrays()
         ports.checkpoints.save(self._write_parts, self._state(), arrays)

@@ -205,6 +205,9 @@ class NoLearner:
         half_B = np.full(examples.rows, 0.5, np.float32)
         return half_B, half_B
 
+    def finite(self) -> bool:
+        return True
+
     def embedding_rows(self) -> Mapping[str, int]:
         return {}
 

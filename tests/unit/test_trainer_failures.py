@@ -81,6 +81,24 @@ def test_weights_that_are_no_numbers_heal_although_nothing_can_be_learned_any_mo
     np.testing.assert_array_equal(world.learner.weights, good)
 
 
+def test_a_checkpoint_never_holds_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    """Two of them would push out the good ones, and no restart could go on."""
+    world = TrainerWorld(tmp_path, policy=replace(POLICY, publish_every_s=1e9, checkpoint_every_s=10.0))
+    Market(requests=300).fill(world.source)
+    world.until_idle()
+    world.clock.advance(10.1)
+    world.trainer.step()
+    good = world.learner.weights.copy()
+    for number in range(3):
+        world.learner.weights = np.full_like(good, np.nan)
+        Market(requests=3, start_ms=START_MS + 60_000 * (number + 1), name=f"more-{number}").fill(world.source)
+        world.clock.advance(10.1)
+        world.trainer.step()
+    assert np.isfinite(world.learner.weights).all()
+    world.restart()
+    assert np.isfinite(world.learner.weights).all()
+
+
 def test_a_step_that_failed_at_once_is_not_in_flight() -> None:
     def fail(_):
         raise ZeroDivisionError
