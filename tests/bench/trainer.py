@@ -1,12 +1,14 @@
 """The whole trainer over topics in memory: decode `served` and `feedback`, join, emit, look at the input, learn, score.
 
     python -m tests.bench.trainer [--model speed|columns|tiny] [--rows 4096] [--state memory|rocks] [--repeats 3]
+                                  [--overlap] [--pages] [--keep 0.1] [--kafka]
 
 Ten of fifty candidates are shown, `served` keeps all fifty, one in ten is clicked and one click in five converts, some
 of them late. Impressions of one page are told one after another as a user scrolls, so pages interleave. The rate is
 taken over the part of the stream in which as many impressions fall due as are shown: examples learned a second of wall
-time, and of processor time of the whole process. Kafka's client is not part of it. ``--repeats`` runs alternate over
-the models asked for. Writes build/bench/trainer.json. ``--join-only`` learns nothing.
+time, and of processor time of the whole process. Kafka's client is part of it only with ``--kafka``: then a backlog is
+read from a broker on the same processors. ``--pages``: one message for all impressions of a request. ``--keep`` is
+`trainer.negative_keep`. ``--repeats`` runs alternate over the models asked for. Writes build/bench/trainer.json. ``--join-only`` learns nothing.
 
 Models: ``speed`` is that of `make bench` (80 numbers a user and an item), ``columns`` that of tests/bench/learner.py
 (20 embedded columns of width 16 and 40 numbers), ``tiny`` has nearly nothing to learn; towers are (256, 128) but (8).
@@ -16,17 +18,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from confluent_kafka import Producer
 
 from esmm.batch import Examples, Float32, StepStats
 from esmm.features import SOURCES, DenseFeat, FeatureSchema, SparseFeat
@@ -37,6 +42,9 @@ from stream_scorer.adapters.checkpoints import DirectoryCheckpoints
 from stream_scorer.adapters.clock import SystemClock
 from stream_scorer.adapters.join_rocks import RocksJoinState
 from stream_scorer.adapters.join_state import MemoryJoinState
+from stream_scorer.adapters.kafka import KafkaSource
+from stream_scorer.adapters.kafka_admin import TopicPlan, create_topics
+from stream_scorer.adapters.kafka_config import KafkaConfig
 from stream_scorer.adapters.model_store import DirectoryStore
 from stream_scorer.adapters.prometheus import PrometheusMetrics
 from stream_scorer.core.codec import encode_feedback
@@ -46,6 +54,7 @@ from stream_scorer.core.records import CommitResult, Position, Record, TopicPart
 from stream_scorer.core.scoreboard import ScoreboardPolicy
 from stream_scorer.core.served import ServedLayout
 from stream_scorer.core.served import tensor_header as _tensors
+from stream_scorer.embedded.kafka_home import KafkaHome
 from stream_scorer.trainer import Trainer, TrainerPolicy, TrainerPorts
 from stream_scorer.wiring import runtime
 from stream_scorer.wiring.build import TICKS
@@ -87,7 +96,6 @@ class Stream:
 
     features: FeatureSchema
     requests: int
-    gap_ms: int = 1
     seed: int = 0
     pages: bool = False  # one message for all impressions of a request
 
@@ -107,7 +115,7 @@ class Stream:
         rng, layout = np.random.default_rng(self.seed), layout_of(self.features)
         blocks = [getattr(layout, source) for source in SOURCES]
         for number in range(self.requests):
-            ts, user = START_MS + number * self.gap_ms, int(rng.integers(10_000))
+            ts, user = START_MS + number, int(rng.integers(10_000))
             items = [f"item-{i}" for i in rng.choice(10_000, CANDIDATES, replace=False).tolist()]
             partition, name = user % PARTITIONS, f"request-{number:08d}"
             yield ts + 5, "served", partition, self._served(rng, blocks, layout, name, user, items, ts)
@@ -169,10 +177,6 @@ class MemorySource:
         self._at += len(out)
         return out
 
-    @property
-    def done(self) -> bool:
-        return self._at >= len(self._records)
-
     def commit(self, next_offsets: Mapping[TopicPartition, int]) -> CommitResult:
         return CommitResult(True, False, None)
 
@@ -189,7 +193,11 @@ class MemorySource:
         return {}
 
     def ended(self) -> set[TopicPartition]:
-        return {TopicPartition(t, p) for t in ("served", "feedback") for p in range(PARTITIONS)} if self.done else set()
+        return (
+            {TopicPartition(t, p) for t in ("served", "feedback") for p in range(PARTITIONS)}
+            if self._at >= len(self._records)
+            else set()
+        )
 
     def close(self) -> None: ...
 
@@ -221,11 +229,31 @@ class NoLearner:
 
 def learner_for(model: str, features: FeatureSchema, precision: Any, keep: float) -> Learner:
     towers = (8,) if model == "tiny" else (256, 128)
-    return Learner(ESMM(features, towers, init_std=0.01), LearnerConfig(precision=precision, negative_keep=keep), lambda *_: None)
+    return Learner(
+        ESMM(features, towers, init_std=0.01), LearnerConfig(precision=precision, negative_keep=keep), lambda *_: None
+    )
 
 
-def run(model: str, records: Sequence[Record], args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """One pass over the stream by a fresh trainer."""
+def fill(bootstrap: str, records: Sequence[Record]) -> None:
+    """The stream as a backlog in Kafka, with its own times."""
+    forever = {"retention.ms": "-1", "segment.bytes": str(1 << 30)}
+    create_topics(KafkaConfig(bootstrap), TopicPlan(["served", "feedback"], PARTITIONS, 1, forever), 20.0)
+    producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 20, "queue.buffering.max.messages": 1_000_000})
+    for record in records:
+        where, partition, _ = record.position
+        while True:
+            try:
+                producer.produce(where, record.value, record.key, partition=partition, timestamp=record.timestamp_ms)
+                break
+            except BufferError:
+                producer.poll(0.1)
+    assert producer.flush(60) == 0
+
+
+def run(
+    model: str, records: Sequence[Record], args: argparse.Namespace, folder: Path, bootstrap: str
+) -> dict[str, float]:
+    """One pass over the stream by a fresh trainer, from memory or, with ``bootstrap``, from Kafka."""
     features = schema(model)
     policy = TrainerPolicy(
         "served", "feedback", "score-rejects", layout_of(features), join=JOIN,
@@ -235,30 +263,43 @@ def run(model: str, records: Sequence[Record], args: argparse.Namespace, folder:
     )  # fmt: skip
     state = MemoryJoinState() if args.state == "memory" else RocksJoinState(folder / "rocks")
     learner: Any = NoLearner() if args.join_only else learner_for(model, features, args.precision, args.keep)
-    source = MemorySource(records)
+    metrics = PrometheusMetrics("bench")
+    source: Any = MemorySource(records)
+    if bootstrap:
+        source = KafkaSource(
+            KafkaConfig(bootstrap), ["served", "feedback"], f"bench-{time.time_ns()}", metrics, ends=True
+        )
     ports = TrainerPorts(
         source=source, sink=FakeSink(), learner=learner, store=DirectoryStore(folder / "models"), open_version=lambda _: learner,
         join_state=state, checkpoints=DirectoryCheckpoints(folder / "checkpoints"), stats_kind=TaskStats,
-        metrics=PrometheusMetrics("bench"), clock=SystemClock(),
+        metrics=metrics, clock=SystemClock(),
     )  # fmt: skip
     trainer = Trainer(ports, policy)
     trainer.start()
     warm_ms = START_MS + JOIN.click_window_ms + JOIN.attribution_window_ms + 2_000  # as much falls due as is shown
     warm = next(at for at, record in enumerate(records) if record.timestamp_ms >= warm_ms)
-    while len(records) - source.lag() < warm:
-        trainer.step()
-    marks = [(time.perf_counter(), time.process_time(), _learned(trainer), len(records) - source.lag())]
-    while not source.done:
+    while _taken(trainer) < warm:
         trainer.step()
     trainer._finish_step()
-    marks.append((time.perf_counter(), time.process_time(), _learned(trainer), len(records)))
+    marks = [(time.perf_counter(), time.process_time(), _learned(trainer), _taken(trainer))]
+    last_ms = START_MS + args.requests  # then only late conversions come, and event time would run away
+    end = next(at for at, record in enumerate(records) if record.timestamp_ms > last_ms)
+    while _taken(trainer) < end:
+        trainer.step()
+    trainer._finish_step()
+    marks.append((time.perf_counter(), time.process_time(), _learned(trainer), _taken(trainer)))
     wall_s, cpu_s, examples, events = (b - a for a, b in zip(*marks, strict=True))
     assert trainer._tally.rejected == trainer._tally.refused_steps == trainer._tally.skipped == 0, trainer._tally
     state.close()
+    source.close()
     return {
         "examples": examples, "events": events, "wall_s": wall_s, "cpu_s": cpu_s,
         "examples_per_s": examples / wall_s, "examples_per_cpu_s": examples / cpu_s, "events_per_s": events / wall_s,
     }  # fmt: skip
+
+
+def _taken(trainer: Trainer) -> int:
+    return trainer._tally.served + trainer._tally.feedback
 
 
 def _learned(trainer: Trainer) -> int:
@@ -274,6 +315,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--join-only", action="store_true")
     parser.add_argument("--overlap", action="store_true", help="learn in a thread beside the join")
+    parser.add_argument("--kafka", action="store_true", help="read a backlog in Apache Kafka (KAFKA_HOME), not a list")
     parser.add_argument("--pages", action="store_true", help="one message for all impressions of a request")
     parser.add_argument("--keep", type=float, default=1.0, help="trainer.negative_keep")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
@@ -285,8 +327,12 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {model: [] for model in models}
     for _ in range(args.repeats):
         for model in models:
-            with tempfile.TemporaryDirectory() as folder:
-                found[model].append(run(model, streams[model], args, Path(folder)))
+            with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+                bootstrap = ""
+                if args.kafka:
+                    bootstrap = stack.enter_context(KafkaHome(Path(os.environ["KAFKA_HOME"]))).bootstrap
+                    fill(bootstrap, streams[model])
+                found[model].append(run(model, streams[model], args, Path(folder), bootstrap))
     report: dict[str, Any] = {"processor": processor(), "torch": torch.__version__, "python": platform.python_version()}
     report |= {
         "rows": args.rows,
@@ -294,6 +340,7 @@ def main() -> None:
         "join_only": args.join_only,
         "overlap": args.overlap,
         "pages": args.pages,
+        "kafka": args.kafka,
         "negative_keep": args.keep,
         "precision": args.precision,
         "models": {},
