@@ -82,8 +82,8 @@ def put_back(
 def zeros(
     xs: list[Tensor], rows_of: list[Tensor], first: list[Tensor], embedded: list[int]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Where gradients are summed: first layers (T, D), first sums by distinct row (U, T), embedded inputs (U, E)."""
-    first_grads = [torch.zeros(weight_TD.shape) for weight_TD in first]
+    """Where gradients are summed: first layers (D, T), first sums by distinct row (U, T), embedded inputs (U, E)."""
+    first_grads = [torch.zeros(weight_TD.shape[1], weight_TD.shape[0]) for weight_TD in first]
     sums: list[Tensor] = []
     grads_x: list[Tensor] = []
     for at in range(len(xs)):
@@ -200,7 +200,7 @@ def into_inputs(
             summed = True
             sums[at].index_add_(0, rows_of[at][start:stop], d_CT.float())
         elif xs[at].shape[1] > 0:
-            add_product(first_grads[at], d_CT, xs[at][start:stop])
+            add_product(first_grads[at], xs[at][start:stop], d_CT)
             embedded = grads_x[at].shape[1]
             if embedded > 0:
                 grads_x[at][start:stop] = torch.mm(d_CT, first[at][:, :embedded])
@@ -240,12 +240,13 @@ def finish(
             for start in range(0, xs[at].shape[0], chunk):
                 stop = min(start + chunk, xs[at].shape[0])
                 d_UT = sums[at][start:stop].to(xs[at].dtype)
-                add_product(first_grads[at], d_UT, xs[at][start:stop])
+                add_product(first_grads[at], xs[at][start:stop], d_UT)
                 if embedded > 0:
                     grads_x[at][start:stop] = torch.mm(d_UT, first[at][:, :embedded])
-        half = first_grads[at].shape[0] // 2
-        grads[0][0].index_add_(1, columns[at], first_grads[at][:half])
-        grads[0][1].index_add_(1, columns[at], first_grads[at][half:])
+    grad_DT = torch.cat(first_grads).index_select(0, torch.argsort(torch.cat(columns)))
+    half = grad_DT.shape[1] // 2
+    grads[0][0].add_(grad_DT[:, :half].t())
+    grads[0][1].add_(grad_DT[:, half:].t())
 
 
 def averaged(grad_P: Tensor, grads_x: list[Tensor], first: Tensor, weighted: Tensor) -> Tensor:
@@ -262,12 +263,12 @@ def through_relu(d_CH: Tensor, h_CH: Tensor) -> None:
     torch.ops.aten.threshold_backward(d_CH, h_CH, 0, grad_input=d_CH)
 
 
-def add_product(grad_HD: Tensor, d_CH: Tensor, x_CD: Tensor) -> None:
-    """Add d^T x to a float32 gradient."""
-    if d_CH.dtype == torch.float32:
-        grad_HD.addmm_(d_CH.t(), x_CD)
+def add_product(grad_GH: Tensor, a_CG: Tensor, b_CH: Tensor) -> None:
+    """Add a^T b to a float32 gradient; the narrower one first is the faster."""
+    if a_CG.dtype == torch.float32:
+        grad_GH.addmm_(a_CG.t(), b_CH)
     else:
-        grad_HD.add_(torch.mm(d_CH.t(), x_CD))
+        grad_GH.add_(torch.mm(a_CG.t(), b_CH))
 
 
 def rows_at(xs: list[Tensor], rows_of: list[Tensor], index_K: Tensor) -> Tensor:
@@ -308,7 +309,7 @@ def heads(
         at = len(weights) - 1 - back
         grads[1][at].add_(d_KH.sum(0))
         if at == 0:
-            grads[0][0].index_add_(1, columns_D, torch.mm(d_KH.t(), x_KD))
+            grads[0][0].add_(torch.mm(x_KD.t(), d_KH).index_select(0, torch.argsort(columns_D)).t())
         else:
             grads[0][at].addmm_(d_KH.t(), h_K[at])
             d_KH = torch.ops.aten.threshold_backward(torch.mm(d_KH, weights[at]), h_K[at], 0)
