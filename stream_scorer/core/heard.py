@@ -65,20 +65,21 @@ _heard = partial(tuple.__new__, Heard)  # a fifth of what the constructor costs
 def hear_all(records: Sequence[Record]) -> list[Heard | Page | Reject]:
     """Read and check feedback messages, in order."""
     values = [record.value or b"" for record in records]
-    if _PAGE not in b",".join(values):
-        return _hear_single(records, values)
+    joined = b",".join(values)
+    if _PAGE not in joined:
+        return _hear_single(records, values, joined)
     is_page = [_PAGE in value for value in values]
-    single = [at for at, it_is in enumerate(is_page) if not it_is]
-    heard = iter(_hear_single([records[at] for at in single], [values[at] for at in single]))
+    records_1 = [record for record, it_is in zip(records, is_page, strict=True) if not it_is]
+    values_1 = [value for value, it_is in zip(values, is_page, strict=True) if not it_is]
+    heard = iter(_hear_single(records_1, values_1, b",".join(values_1)))
     return [hear(record) if it_is else next(heard) for record, it_is in zip(records, is_page, strict=True)]
 
 
-def _hear_single(records: Sequence[Record], values: list[bytes]) -> list[Heard | Page | Reject]:
-    """Messages of one candidate each."""
+def _hear_single(records: Sequence[Record], values: list[bytes], joined: bytes) -> list[Heard | Page | Reject]:
+    """Messages of one candidate each; ``joined`` by commas."""
     sizes = list(map(len, values))
     found = None
     if values and max(sizes) <= PLAIN_BYTES and min(sizes) > 0:
-        joined = b",".join(values)
         found = _alike(values[0], joined, sizes) or _plain(joined, sizes)
     return [hear(record) for record in records] if found is None else found
 
@@ -153,7 +154,10 @@ def _pattern(message: bytes) -> _Pattern | None:
     opens = [2 * at for at, is_value in enumerate(quoted) if is_value]
     begins, ends = [quotes[at] + 1 for at in opens], [quotes[at + 1] for at in opens]
     texts = [message[a:b] for a, b in zip([0, *ends], [*begins, len(message)], strict=True)]
-    holder, (low, high) = next((at, found.span(1)) for at, text in enumerate(texts) if (found := _NUMBER.search(text)))
+    places = ((at, found.span(1)) for at, text in enumerate(texts) if (found := _NUMBER.search(text)))
+    holder, (low, high) = next(places, (-1, (0, 0)))
+    if holder < 0:  # -0 is a time too
+        return None
     fixed = [(at, 0, text) for at, text in enumerate(texts) if at != holder]
     fixed += [(holder, 0, texts[holder][:low]), (holder, high, texts[holder][high:])]
     return _Pattern(
@@ -222,6 +226,8 @@ def _plain(joined: bytes, sizes: list[int]) -> list[Any] | None:
         others = list(map(_other_fields, messages))
     except (JSONDecodeError, KeyError, TypeError):
         return None
+    if len(messages) != len(sizes):
+        return None
     return list(map(_heard, heard)) if _is_plain(messages, heard, others) else None
 
 
@@ -240,10 +246,10 @@ def _is_plain(messages: list[Any], heard: Sequence[tuple[Any, ...]], others: Seq
 
 
 def _apart(joined: bytes, sizes: list[int]) -> bool:
-    """Whether every message is one JSON object by itself, if the array of all of them parses.
+    """Whether every message is one JSON object by itself, if the array of all of them parses to as many.
 
-    Each starts with the only ``{`` and ends with the only ``}`` that it has. So no object spans two messages, and no
-    message holds two.
+    Each starts with the only ``{`` and ends with the only ``}`` that it has. With as many objects none of these lies in
+    a string, so no object spans two messages, and no message holds two.
     """
     count = len(sizes)
     if joined.count(b"{") != count or joined.count(b"}") != count:

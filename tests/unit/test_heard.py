@@ -185,3 +185,19 @@ def test_a_message_cannot_end_in_its_neighbour():
     halves = [good + b"," + good[:-1], b'"schema_version":1}']
     assert len(orjson.loads(b"[" + b",".join(halves) + b"]")) == 2
     assert all(isinstance(one, Reject) for one in hear_all([record(half) for half in halves]))
+
+
+@pytest.mark.parametrize("around", [0, 1])
+def test_a_brace_in_a_string_does_not_end_a_message(around):
+    """Joined by a comma these two are one good message, and neither is a message."""
+    halves = [b'{"event_id":"a}', b'{","kind":"click","request_id":"r1","user_id":"u1","item_id":"i1","ts":1}']
+    assert len(orjson.loads(b"[" + b",".join(halves) + b"]")) == 1
+    records = [record(value) for value in [*[orjson.dumps(GOOD)] * around, *halves]]
+    got = hear_all(records)
+    assert got == [hear(one) for one in records]
+    assert [type(one) for one in got] == [*[Heard] * around, Reject, Reject]
+
+
+def test_minus_nought_is_a_time():
+    records = [record(orjson.dumps(GOOD | {"ts": 0}).replace(b":0", b":-0"))] * 2
+    assert hear_all(records) == [hear(one) for one in records] == [Heard("click", "r1", "i1", 0)] * 2
