@@ -9,7 +9,7 @@ Outcome = Literal[
     "served",
     "served_duplicate",
     "served_late",  # its time to live is over already: a replay, not news
-    # every feedback event has exactly one of these, once it is decided
+    # every feedback event has exactly one of these, once it is decided; a page has one for each of its items
     "impression",
     "click",
     "conversion_immediate",  # within the observation window: the first emission carries it
