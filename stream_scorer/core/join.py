@@ -85,7 +85,7 @@ class Joiner:
         self._fire()
 
     def arrivals(self, inbox: Inbox) -> Iterator[Arrival]:
-        """Events for `take_in`, each with how far event time has surely come after it. Use it up before the next."""
+        """Events for `take_in`, each with the watermark after it. To be used up before the next, and before `state`."""
         values = self.watermark.observe_all(inbox.where, inbox.event_ms, inbox.record_ms)
         return zip(inbox.events, values, inbox.record_ms, strict=True)
 

@@ -5,7 +5,7 @@ Times are integer milliseconds since the epoch. All topics are keyed by ``user_i
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,6 +15,11 @@ Number = float | int
 ContextValue = Number | list[Number]
 SCHEMA_VERSION = 1
 MAX_PAGE = 1_000  # candidates that one impression may name
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    """The empty text stands for a field that is not there; in a message it is refused."""
+    schema.pop("default", None)
 
 
 class _Wire(BaseModel):
@@ -81,8 +86,10 @@ class Feedback(_Wire):
     kind: Literal["impression", "click", "conversion"]
     request_id: Id
     user_id: Id
-    item_id: Id = ""
-    items: Annotated[list[Id], Field(min_length=1, max_length=MAX_PAGE)] = Field(default_factory=list)
+    item_id: Annotated[Id, Field(json_schema_extra=_without_default)] = ""
+    items: Annotated[list[Id], Field(min_length=1, max_length=MAX_PAGE, json_schema_extra={"uniqueItems": True})] = (
+        Field(default_factory=list)
+    )
     ts: Millis
     schema_version: Literal[1] = 1
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from stream_scorer.core.records import Position, Record
 from stream_scorer.core.rejects import Reject, reject_record
-from tests.tools.wire_contracts import CONTRACTS, EXAMPLES, JSON_TOPICS, REJECT_HEADERS, TOPICS, documents
+from tests.tools.wire_contracts import CONTRACTS, EXAMPLES, JSON_TOPICS, REJECT_HEADERS, TOPICS, documents, json_schema
 
 
 @pytest.mark.parametrize("name", sorted(documents()))
@@ -69,3 +69,11 @@ def test_reject_headers_are_those_of_the_code() -> None:
     record = Record(Position("score-requests", 3, 41), b"u7", b"{", (), 1_700_000_000_000, 0)
     out = reject_record(Reject(record, "json", "EOF"), "score-rejects", "0.1.0")
     assert [name for name, _ in out.headers] == list(REJECT_HEADERS)
+
+
+@pytest.mark.parametrize("topic", JSON_TOPICS)
+def test_every_example_in_a_document_is_a_message(topic: str) -> None:
+    examples = json_schema(topic)["examples"]
+    for example in examples:
+        JSON_TOPICS[topic].model_validate_json(json.dumps(example))
+    assert len(examples) == (2 if topic == "feedback" else 1)

@@ -187,32 +187,38 @@ def test_the_machine_can_fail(jitter: int) -> None:
 
 
 @given(
-    events=events_strategy,
+    events=st.lists(st.tuples(KINDS, REQUESTS, ITEMS, st.integers(0, 300), st.booleans()), max_size=80),
     served=st.lists(st.tuples(REQUESTS, st.integers(0, 200)), max_size=4),
+    size=st.integers(1, 70),
+    waiting_ms=st.integers(1, 400),
     data=st.data(),
 )
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_how_the_stream_was_cut_changes_nothing(events, served, data) -> None:
-    stream: list[Feedback | ServedRequest] = [feedback(kind, request, ts, item) for kind, request, item, ts in events]
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_how_the_stream_was_cut_changes_nothing(events, served, size, waiting_ms, data) -> None:
+    stream: list[Feedback | ServedRequest] = [
+        page(request, ts, ["i0", "i1"]) if whole and kind == "impression" else feedback(kind, request, ts, item)
+        for kind, request, item, ts, whole in events
+    ]
     stream += [served_request(request, ts) for request, ts in served]
-    stream = data.draw(st.permutations(stream))
+    stream = data.draw(st.permutations(stream)) if len(stream) < 20 else sorted(stream, key=_time_of)
     alone, together = joiner(POLICY, MemoryJoinState(), LATENESS), joiner(POLICY, MemoryJoinState(), LATENESS)
     out: list[Emission] = []
     when: list[int] = []
     for event in stream:
         send(alone, event)
-        when += [event.ts if isinstance(event, Feedback) else event.ts_ms] * alone.emitted
+        when += [_time_of(event)] * alone.emitted
         out += alone.take()
-    sizes = data.draw(st.lists(st.integers(1, 12), min_size=len(stream), max_size=len(stream)))
     got: list[Emission] = []
     then: list[int] = []
-    at = 0
-    for size in sizes:
+    for at in range(0, len(stream), size):
         arrivals = together.arrivals(inbox(stream[at : at + size]))
-        at += size
-        while (record_ms := together.take_in(arrivals, 1 << 60)) is not None:
+        while (record_ms := together.take_in(arrivals, waiting_ms)) is not None:
             then += [record_ms] * together.emitted
             got += together.take()
     assert rows_in_order(got) == rows_in_order(out)
     assert then == when
     assert together.state() == alone.state()
+
+
+def _time_of(event: Feedback | ServedRequest) -> int:
+    return event.ts if isinstance(event, Feedback) else event.ts_ms

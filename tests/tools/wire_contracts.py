@@ -60,6 +60,14 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "ts": 1_700_000_004_000,
     },
 }
+PAGE = {
+    "event_id": "e4",
+    "kind": "impression",
+    "request_id": "r1",
+    "user_id": "u7",
+    "items": ["i3", "i9"],
+    "ts": 1_700_000_002_000,
+}
 SCORE_HEADERS = {"request_id": "The request's id.", "source": "topic/partition/offset of the request."}
 REJECT_HEADERS = {
     "reason": "Why, one word.",
@@ -75,7 +83,8 @@ REJECT_HEADERS = {
 def json_schema(topic: str) -> dict[str, Any]:
     """JSON Schema of one message of a JSON topic."""
     schema = JSON_TOPICS[topic].model_json_schema(by_alias=True)
-    return {"$schema": DIALECT, "$id": f"{topic}.schema.json", **schema, "examples": [EXAMPLES[topic]]}
+    examples = [EXAMPLES[topic], PAGE] if topic == TOPICS.feedback else [EXAMPLES[topic]]
+    return {"$schema": DIALECT, "$id": f"{topic}.schema.json", **schema, "examples": examples}
 
 
 def asyncapi() -> dict[str, Any]:
