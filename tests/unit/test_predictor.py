@@ -15,7 +15,7 @@ from esmm.predictor.compiled import has_compiler, plan
 from esmm.predictor.config import PrecisionError, PredictorConfig
 from esmm.predictor.fast import FastPredictor
 from esmm.predictor.plain import PlainPredictor
-from esmm.predictor.precision import PrecisionBound, precision_error, processor_flags
+from esmm.predictor.precision import PrecisionBound, precision_error, processor_flags, supports_bfloat16
 from esmm.predictor.rows import EagerRows
 from esmm.predictor.scripted import ScriptedRows, script_rows
 
@@ -368,7 +368,8 @@ def test_one_call_a_batch_gives_what_operation_by_operation_gives(
     scripted, eager = (fast(model, precision=precision, script=on) for on in (True, False))
     assert isinstance(scripted._rows, ScriptedRows)
     assert isinstance(eager._rows, EagerRows)
-    if packed and activation != "sigmoid":  # the same kernels in the same order
+    emulated = precision == "bfloat16" and not supports_bfloat16()  # then torch's two ways round at different places
+    if packed and activation != "sigmoid" and not emulated:  # the same kernels in the same order
         np.testing.assert_array_equal(scripted.logits(batch), eager.logits(batch))
     else:
         near = 1e-5 if precision == "float32" else 2e-2
