@@ -39,7 +39,7 @@ from stream_scorer.core.watermark import BEGINNING, Watermark
 from stream_scorer.ports import SavedCheckpoint, StopSignal
 from stream_scorer.trainer.policy import TrainerPolicy
 from stream_scorer.trainer.ports import TrainerPorts
-from stream_scorer.trainer.publisher import Publisher
+from stream_scorer.trainer.publisher import LINEAGE, Publisher
 from stream_scorer.trainer.steps import Step, Steps
 from stream_scorer.trainer.teller import Teller
 
@@ -71,11 +71,10 @@ class Trainer:
         self._rewind: dict[TopicPartition, int] = {}  # assigned since the last poll: where to read on
         self._pending_since_ms = 0  # record time when the oldest row began to wait
         self._unpublished = 0  # rows learned, or refused: then the gate looks whether the weights are numbers
-        self._unsaved = False
         self._reject_error: object | None = None
         self._refused: str | None = None  # why the group did not take the last checkpoint's offsets
         self._impatient = 0
-        self._started = self._failed = False
+        self._started = self._failed = self._unsaved = self._lineage_saved = False
         self._held: set[TopicPartition] = set()
         self._heard_s = self._published_s = self._saved_s = 0.0
         self._stats_s = float("-inf")
@@ -302,8 +301,9 @@ class Trainer:
             self._finish_step()
         by_count = 0 < policy.publish_every_examples <= self._unpublished
         if (by_time or by_count) and self._unpublished:
-            if not self._tally.checkpoints:
-                self._checkpoint()  # a version's lineage must outlive this process
+            if not self._lineage_saved:  # a version's lineage must outlive this process
+                self._unsaved = True
+                self._checkpoint()
             self._published_s, self._unpublished, self._unsaved = now_s, 0, True
             decision = self._publisher.offer(self._facts)
             if decision is not None and decision.reason == "nonfinite":
@@ -343,7 +343,7 @@ class Trainer:
         self._tally.checkpoints += 1
         arrays = to_arrays("pending", self._pending.snapshot()) | self._publisher.arrays()
         ports.checkpoints.save(self._write_parts, self._state(), arrays)
-        self._unsaved, self._saved_s = False, ports.clock.monotonic_s()
+        self._unsaved, self._lineage_saved, self._saved_s = False, True, ports.clock.monotonic_s()
         ports.metrics.inc(names.CHECKPOINTS)
         self._commit()
 
@@ -384,7 +384,7 @@ class Trainer:
         self._drift.restore(state["drift"])
         self._publisher.restore(state["publisher"], saved.arrays)
         self._pending.restore(from_arrays("pending", saved.arrays), self._joiner.watermark.value_ms)
-        self._tally = TrainerTally(**state["tally"])
+        self._tally, self._lineage_saved = TrainerTally(**state["tally"]), LINEAGE in state["publisher"]
         self._pending_since_ms, self._unpublished = state["pending_since_ms"], state["unpublished"]
 
     # Rebalances, inside poll

@@ -140,6 +140,23 @@ def test_what_was_learned_is_in_a_checkpoint_before_it_is_published_for_the_firs
     assert (world.trainer._publisher.state()[LINEAGE], learned(world)) == (said[LINEAGE], said[LEARNED])
 
 
+def test_so_is_the_lineage_that_begins_with_a_checkpoint_of_an_older_build(tmp_path: Path) -> None:
+    world = TrainerWorld(tmp_path, policy=replace(GATED, max_records=50))
+    state = world.trainer._publisher.state
+    world.trainer._publisher.state = lambda: {key: value for key, value in state().items() if key != LINEAGE}
+    more(world, 300, 0, "a")
+    world.until_idle()
+    save_all(world)
+    world.restart()
+    world.trainer.start()
+    assert learned(world) > 50
+    offer(world)  # at once: not a record was read since
+    assert world.store.current() == 2
+    world.restart()
+    world.trainer.start()
+    assert world.trainer._publisher.state()[LINEAGE] == world.store.info(2).manifest[LINEAGE]
+
+
 def test_the_best_version_is_still_a_rival_when_the_live_one_cannot_be_read(tmp_path: Path) -> None:
     unreadable: set[int] = set()
 
