@@ -56,7 +56,7 @@ class Decision(NamedTuple):
     """``reason`` is a metric label: ok | first | few_examples | nonfinite | distance | <what>_<slice>.
 
     What: logloss or pcoc, next to the live version; ratchet, logloss next to the best one lately; holdout, logloss on
-    rows that nobody learns from.
+    rows that nobody learns from. For these two the slice may be ``nonfinite``: they have numbers where it has none.
     """
 
     promote: bool
@@ -142,8 +142,8 @@ def decide(
     reason = _hold(policy, live, candidate, now or candidate)
     for contest, what in ((best, "ratchet"), (held_out, "holdout")):
         if not reason and contest is not None and _is_rival(contest.rival):
-            finite = contest.candidate.finite  # if not, there is nothing of it to compare
-            reason = _worse(policy, contest.rival, contest.candidate, what) if finite else "nonfinite"
+            finite = contest.candidate.finite  # if not, there is nothing to compare; weights may be fine all the same
+            reason = _worse(policy, contest.rival, contest.candidate, what) if finite else f"{what}_nonfinite"
     if not reason and live is not None and not distance <= policy.max_distance:  # also NaN
         improved = all(beats(policy, Contest(after, live)) for after in (candidate, now or candidate))
         reason = "" if improved else "distance"
