@@ -235,11 +235,6 @@ class Tables:
         """Gradients of all rows looked up since the last call."""
         return [touched for group in self.groups.values() if (touched := group.collect()) is not None]
 
-    def forget(self) -> None:
-        """Drop what was looked up: the step will not be taken."""
-        for group in self.groups.values():
-            group.looked_up.clear()
-
     def state(self) -> dict[str, Tensor]:
         """What a restart needs besides the tables; not copied."""
         return {f"{width}.{name}": value for width, g in self.groups.items() for name, value in g.state.items()}
