@@ -26,6 +26,7 @@ from stream_scorer.core.rejects import Reason, Reject
 NUMPY = orjson.OPT_SERIALIZE_NUMPY
 ROUNDING = 1e-5  # relative: how far ctcvr may stand above ctr in float32
 MANY_PROBLEMS = 100  # past this the problems of one message are not even listed: listing costs more than refusing
+FEEDBACK_BYTES = 100_000  # of one message, a page at most
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def decode_request(record: Record, limits: RequestLimits) -> ScoreRequest | Reje
     return request
 
 
-def decode_feedback(record: Record, max_bytes: int = 100_000) -> Feedback | Reject:
+def decode_feedback(record: Record, max_bytes: int = FEEDBACK_BYTES) -> Feedback | Reject:
     """Validate one feedback message straight from its bytes."""
     value = record.value
     if not value:

@@ -22,14 +22,13 @@ from numpy.typing import NDArray
 from orjson import JSONDecodeError, loads
 
 from esmm.batch import Int64
-from stream_scorer.core.codec import decode_feedback
-from stream_scorer.core.messages import MAX_PAGE
+from stream_scorer.core.codec import FEEDBACK_BYTES, decode_feedback
+from stream_scorer.core.messages import MAX_ID, MAX_PAGE
 from stream_scorer.core.records import Record
 from stream_scorer.core.rejects import Reject
 
 KINDS: Final = frozenset(("impression", "click", "conversion"))
-PLAIN_BYTES: Final = 256  # no longer, so that no id in it is longer than `messages.Id` allows
-PAGE_BYTES: Final = 100_000
+PLAIN_BYTES: Final = MAX_ID  # no longer, so that no id in it is
 END_MS: Final = 1 << 53
 _PAGE: Final = b'"items"'
 _FIELDS: Final = 6
@@ -118,11 +117,13 @@ def _page(value: bytes) -> Page | None:
         ids = (request_id, *_other_fields(message), *items)
     except (JSONDecodeError, KeyError, TypeError):
         return None
-    if kind != "impression" or type(items) is not list or not 0 < len(set(map(str, items))) == len(items) <= MAX_PAGE:
+    if kind != "impression" or type(ts) is not int or not 0 <= ts < END_MS:
         return None
-    if type(ts) is not int or not 0 <= ts < END_MS or len(value) > PAGE_BYTES or not _nothing_else(message):
+    if set(map(type, ids)) != {str} or not all(ids) or max(map(len, ids)) > MAX_ID:
         return None
-    if set(map(type, ids)) != {str} or not all(ids) or max(map(len, ids)) > PLAIN_BYTES:
+    if type(items) is not list or not 0 < len(set(items)) == len(items) <= MAX_PAGE:
+        return None
+    if len(value) > FEEDBACK_BYTES or not _nothing_else(message):
         return None
     return Page(request_id, items, ts)
 

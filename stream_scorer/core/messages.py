@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Id = Annotated[str, Field(min_length=1, max_length=256)]
+MAX_ID = 256  # characters
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 Millis = Annotated[int, Field(ge=0, lt=1 << 53)]
 Number = float | int
 ContextValue = Number | list[Number]

@@ -15,10 +15,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from stream_scorer.core.join_entry import NEVER
 from stream_scorer.core.records import TopicPartition
 
 BEGINNING: Final = -(1 << 62)
-NEVER: Final = 1 << 62
 MANY, FEW = 32, 64  # so many events, of so few partitions, are worth an array a partition
 
 
@@ -125,36 +125,31 @@ class Watermark:
         Then the slowest partition decides all along, and it is found by a running greatest of each partition's events.
         """
         policy, partitions = self._policy, self._partitions
-        named = list(dict.fromkeys(where))
-        touched = [partitions.get(partition) for partition in named]
         event_N, record_N = np.array(event_ms, np.int64), np.array(record_ms, np.int64)
         newest_ms = max(self._newest_record_ms, int(record_N.max()))
-        if len(named) > FEW or self._newest_record_ms == BEGINNING or (event_N - record_N).max() > policy.max_ahead_ms:
+        number = {partition: index for index, partition in enumerate(dict.fromkeys(where))}
+        if len(number) > FEW or self._newest_record_ms == BEGINNING or (event_N - record_N).max() > policy.max_ahead_ms:
             return None
         if any(at.idle or newest_ms - at.record_ms > policy.idle_ms for at in partitions.values()):
             return None
-        number = {partition: index for index, partition in enumerate(named)}
         of_N = np.array([number[partition] for partition in where])
-        slowest_N = np.full(
-            len(where), min((p.event_ms for p in partitions.values() if p not in touched), default=NEVER)
-        )
-        greatest: list[NDArray[np.int64]] = []
-        for index, at in enumerate(touched):
+        reached: list[tuple[_Progress, NDArray[np.int64], int]] = []  # with its events after each of N, newest record
+        for partition, index in number.items():
+            at, mine_N = partitions.get(partition), of_N == index
             if at is None or at.event_ms == BEGINNING:
                 return None
-            mine_N = of_N == index
-            reached_N = np.maximum.accumulate(np.where(mine_N, event_N, at.event_ms))
-            if max(at.event_ms, int(reached_N[-1])) - at.event_ms > policy.max_jump_ms:
+            newest_N = np.maximum.accumulate(np.where(mine_N & (event_N > at.event_ms), event_N, at.event_ms))
+            if newest_N[-1] - at.event_ms > policy.max_jump_ms:
                 return None
-            greatest.append(np.maximum(reached_N, at.event_ms))
-        for index, (at, reached_N) in enumerate(zip(touched, greatest, strict=True)):
-            if at is None:
-                raise AssertionError("a partition that nothing is known of")
-            at.event_ms, at.jumps = int(reached_N[-1]), 0
-            at.record_ms = max(at.record_ms, int(record_N[of_N == index].max()))
-            slowest_N = np.minimum(slowest_N, reached_N)
+            reached.append((at, newest_N, int(record_N[mine_N].max())))
+        others_ms = (at.event_ms for partition, at in partitions.items() if partition not in number)
+        slowest_N = np.full(len(where), min(others_ms, default=NEVER))
+        for at, newest_N, newest_record_ms in reached:
+            at.event_ms, at.jumps = int(newest_N[-1]), 0
+            at.record_ms = max(at.record_ms, newest_record_ms)
+            slowest_N = np.minimum(slowest_N, newest_N)
         self._newest_record_ms, self._slowest = newest_ms, None
-        value_N = np.maximum(np.maximum.accumulate(slowest_N) - policy.lateness_ms, self.value_ms)
+        value_N = np.maximum(slowest_N - policy.lateness_ms, self.value_ms)
         self.value_ms = int(value_N[-1])
         values: list[int] = value_N.tolist()
         return values

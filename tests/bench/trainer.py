@@ -52,8 +52,7 @@ from stream_scorer.core.join_entry import JoinPolicy
 from stream_scorer.core.messages import Feedback
 from stream_scorer.core.records import CommitResult, Position, Record, TopicPartition
 from stream_scorer.core.scoreboard import ScoreboardPolicy
-from stream_scorer.core.served import ServedLayout
-from stream_scorer.core.served import tensor_header as _tensors
+from stream_scorer.core.served import ServedLayout, tensor_header
 from stream_scorer.embedded.kafka_home import KafkaHome
 from stream_scorer.trainer import Trainer, TrainerPolicy, TrainerPorts
 from stream_scorer.wiring import runtime
@@ -156,7 +155,9 @@ class Stream:
             "degraded": "0", "model_version": "1", "scored_at": str(ts + 5), "schema": layout.schema_hash, "items": json.dumps(items),
             "request_id": name, "ts": str(ts), "user_id": f"user-{user}",
         }  # fmt: skip
-        header = b'{"__metadata__":' + json.dumps(meta).encode() + b"," + _tensors(CANDIDATES, layout.widths, "F32")
+        header = (
+            b'{"__metadata__":' + json.dumps(meta).encode() + b"," + tensor_header(CANDIDATES, layout.widths, "F32")
+        )
         header += b" " * (-len(header) % 8)
         arrays = [*ids, ctr, ctr * np.float32(0.1), *dense]
         return b"".join([len(header).to_bytes(8, "little"), header, *(a.tobytes() for a in arrays)])
